@@ -1,11 +1,16 @@
 """The published procedure in benchmarks/reference.py, against direct computations on tiny random models."""
 
+from dataclasses import replace
+
 import pytest
 import reference
 import torch
+from reference import Settings
 from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
-from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 LAYERS = (1, 2)
@@ -28,24 +33,24 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def model(family: str) -> PreTrainedModel:
+def model(family: str) -> Model:
     return tiny_model(family, initializer_range=0.2)
 
 
 @pytest.fixture
-def settings(family: str) -> reference.Settings:
+def settings(family: str) -> Settings:
     names = GPT2_NAMES if family == "gpt2" else {}
-    return reference.Settings(layers=LAYERS, v_lr=0.5, **names)
+    return Settings(layers=LAYERS, v_lr=0.5, **names)
 
 
-def blocks_and_projections(model: PreTrainedModel) -> tuple[list, list]:
+def blocks_and_projections(model: Model) -> tuple[list, list]:
     if isinstance(model, GPT2LMHeadModel):
         return list(model.transformer.h), [block.mlp.c_proj for block in model.transformer.h]
     return list(model.model.layers), [block.mlp.down_proj for block in model.model.layers]
 
 
 @torch.no_grad()
-def seen_by(model: PreTrainedModel, module: torch.nn.Module, ids: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def seen_by(model: Model, module: torch.nn.Module, ids: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Input and output (tokens, width) of a module and the logits (tokens, V), for one row that needs no padding."""
     seen = []
     handle = module.register_forward_hook(lambda _, arguments, output: seen.append((arguments[0], output)))
@@ -73,14 +78,14 @@ def test_subject_is_where_the_prefix_up_to_it_ends(request_: dict, kind: str, bo
         assert subject == len(tokenizer(until_subject)["input_ids"]) - 1
 
 
-def test_target_gets_one_space_and_may_not_be_empty(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_target_gets_one_space_and_may_not_be_empty(tokenizer: Tokenizer) -> None:
     assert reference.encode_target(tokenizer, "Paris") == reference.encode_target(tokenizer, " Paris")
     assert tokenizer.decode(reference.encode_target(tokenizer, "Paris")) == " Paris"
     with pytest.raises(ValueError, match="empty"):
         reference.encode_target(tokenizer, "")
 
 
-def test_contexts_follow_their_seed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_contexts_follow_their_seed(model: Model, tokenizer: Tokenizer) -> None:
     first = reference.generate_contexts(model, tokenizer, seed=3)
     assert first == reference.generate_contexts(model, tokenizer, seed=3)
     assert first != reference.generate_contexts(model, tokenizer, seed=4)
@@ -88,9 +93,7 @@ def test_contexts_follow_their_seed(model: PreTrainedModel, tokenizer: PreTraine
     assert all(context.count("{}") == context.count("{") == 1 for group in first for context in group)
 
 
-def test_second_moment_is_the_mean_over_real_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: reference.Settings
-) -> None:
+def test_second_moment_is_the_mean_over_real_tokens(model: Model, tokenizer: Tokenizer, settings: Settings) -> None:
     texts = ["The home of Ada", "Frida plays the drum and the river runs by the home", "", "You"]
     _, projections = blocks_and_projections(model)
     rows = [tokenizer(text)["input_ids"] for text in texts if text]
@@ -101,9 +104,7 @@ def test_second_moment_is_the_mean_over_real_tokens(
         torch.testing.assert_close(moment, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_second_moment_of_token_blocks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: reference.Settings
-) -> None:
+def test_second_moment_of_token_blocks(model: Model, tokenizer: Tokenizer, settings: Settings) -> None:
     tokens = torch.randint(0, 512, (5, 12), generator=torch.Generator().manual_seed(1))
     _, projections = blocks_and_projections(model)
     keys = torch.cat([seen_by(model, projections[2], row)[0] for row in tokens.tolist()])
@@ -141,10 +142,8 @@ def test_dense_solve_equals_the_dual_form() -> None:
     torch.testing.assert_close(single.double(), dual, rtol=1e-3, atol=1e-5)
 
 
-def test_one_step_returns_the_clean_hidden_state(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: reference.Settings
-) -> None:
-    once = reference.Settings(**{**vars(settings), "v_num_grad_steps": 1})
+def test_one_step_returns_the_clean_hidden_state(model: Model, tokenizer: Tokenizer, settings: Settings) -> None:
+    once = replace(settings, v_num_grad_steps=1)
     for request in REQUESTS:
         target, steps = reference.compute_target(model, tokenizer, request, 2, CONTEXTS, once)
         ids, subject = reference.encode_row(tokenizer, "{}", request["prompt"], request["subject"])
@@ -153,14 +152,12 @@ def test_one_step_returns_the_clean_hidden_state(
         assert len(steps) == 1
 
 
-def test_first_loss_is_the_teacher_forced_nll(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: reference.Settings
-) -> None:
+def test_first_loss_is_the_teacher_forced_nll(model: Model, tokenizer: Tokenizer, settings: Settings) -> None:
     blocks, _ = blocks_and_projections(model)
     for request in REQUESTS:
         target = reference.encode_target(tokenizer, request["target_new"])
         losses = []
-        for context in [context for group in CONTEXTS for context in group]:
+        for context in sum(CONTEXTS, []):
             ids, _ = reference.encode_row(tokenizer, context, request["prompt"], request["subject"])
             logits = seen_by(model, blocks[0], ids + target)[2]
             losses.append(torch.nn.functional.cross_entropy(logits[len(ids) - 1 : -1], torch.tensor(target)))
@@ -171,24 +168,55 @@ def test_first_loss_is_the_teacher_forced_nll(
         assert steps[-1]["loss"] < steps[0]["loss"]
 
 
-def test_updates_are_one_fewer_than_forwards(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: reference.Settings
-) -> None:
+def test_updates_are_one_fewer_than_forwards(model: Model, tokenizer: Tokenizer, settings: Settings) -> None:
     """Adam's first update moves every coordinate by the learning rate, so one update has norm lr * sqrt(h)."""
-    loose = {**vars(settings), "clamp_norm_factor": 1e6, "v_lr": 0.01}
-    steps = {count: reference.Settings(**{**loose, "v_num_grad_steps": count}) for count in (1, 2)}
+    loose = replace(settings, clamp_norm_factor=1e6, v_lr=0.01)
+    steps = {count: replace(loose, v_num_grad_steps=count) for count in (1, 2)}
     before, after = (
         reference.compute_target(model, tokenizer, REQUESTS[0], 2, CONTEXTS, steps[count])[0] for count in (1, 2)
     )
     assert (after - before).norm().item() == pytest.approx(0.01 * 32**0.5, rel=1e-3)
 
 
-def test_clamp_and_side_effects(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: reference.Settings
-) -> None:
+def test_second_loss_is_that_of_the_moved_subject(model: Model, tokenizer: Tokenizer, settings: Settings) -> None:
+    """Row by row, with delta added by hand: NLL, KL at the subject of "{} is a" and decay of the second forward."""
+    short = {count: replace(settings, v_num_grad_steps=count) for count in (1, 2)}
+    clean, after = (
+        reference.compute_target(model, tokenizer, REQUESTS[1], 2, CONTEXTS, short[count]) for count in (1, 2)
+    )
+    delta = after[0] - clean[0]
+    blocks, _ = blocks_and_projections(model)
+
+    def log_probabilities(ids: list[int], subject: int, moved: bool) -> Tensor:
+        def move(_: torch.nn.Module, __: tuple, output: Tensor) -> Tensor:
+            changed = output.clone()
+            changed[0, subject] += delta * moved
+            return changed
+
+        handle = blocks[2].register_forward_hook(move)
+        logits = seen_by(model, blocks[0], ids)[2]
+        handle.remove()
+        return logits.log_softmax(-1)
+
+    target = reference.encode_target(tokenizer, REQUESTS[1]["target_new"])
+    losses = []
+    for context in sum(CONTEXTS, []):
+        ids, subject = reference.encode_row(tokenizer, context, REQUESTS[1]["prompt"], REQUESTS[1]["subject"])
+        rows = log_probabilities(ids + target, subject, True)[len(ids) - 1 : -1]
+        losses.append(-rows[torch.arange(len(target)), target].mean())
+    ids, subject = reference.encode_row(tokenizer, "{}", "{} is a", REQUESTS[1]["subject"])
+    now, first = (log_probabilities(ids, subject, moved)[subject] for moved in (True, False))
+    step = after[1][1]
+    assert step["nll"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+    assert step["kl"] == pytest.approx(0.0625 * (now.exp() * (now - first)).sum().item(), rel=1e-3)
+    assert step["decay"] == pytest.approx(0.5 * (delta.norm() / clean[0].norm() ** 2).item(), rel=1e-4)
+    assert step["loss"] == pytest.approx(step["nll"] + step["kl"] + step["decay"], rel=1e-5)
+
+
+def test_clamp_and_side_effects(model: Model, tokenizer: Tokenizer, settings: Settings) -> None:
     frozen = model.get_submodule(settings.head).weight.requires_grad_(False)
-    tight = reference.Settings(**{**vars(settings), "clamp_norm_factor": 0.1})
-    once = reference.Settings(**{**vars(settings), "v_num_grad_steps": 1})
+    tight = replace(settings, clamp_norm_factor=0.1)
+    once = replace(settings, v_num_grad_steps=1)
     target, steps = reference.compute_target(model, tokenizer, REQUESTS[0], 2, CONTEXTS, tight)
     clean, _ = reference.compute_target(model, tokenizer, REQUESTS[0], 2, CONTEXTS, once)
     assert len(steps) == tight.v_num_grad_steps
@@ -197,9 +225,7 @@ def test_clamp_and_side_effects(
     assert all(parameter.requires_grad == (parameter is not frozen) for parameter in model.parameters())
 
 
-def test_keys_weigh_the_groups_equally(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: reference.Settings
-) -> None:
+def test_keys_weigh_the_groups_equally(model: Model, tokenizer: Tokenizer, settings: Settings) -> None:
     keys = reference.compute_keys(model, tokenizer, REQUESTS, 1, CONTEXTS, settings)
     _, projections = blocks_and_projections(model)
     for column, request in enumerate(REQUESTS):
@@ -211,11 +237,11 @@ def test_keys_weigh_the_groups_equally(
 
 
 def test_edits_reach_their_targets_and_nothing_else_is_written(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: reference.Settings
+    model: Model, tokenizer: Tokenizer, settings: Settings
 ) -> None:
     """Without projection, with a vanishing ridge and the bare context, the solve must reproduce every target."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    exact = reference.Settings(**{**vars(settings), "l2": 1e-6, "v_num_grad_steps": 4})
+    exact = replace(settings, l2=1e-6, v_num_grad_steps=4)
     projectors = {layer: torch.eye(64) for layer in LAYERS}
     record = reference.apply_edits(model, tokenizer, REQUESTS, [["{}"]], projectors, exact)
     values = reference.current_values(model, tokenizer, REQUESTS, LAYERS[-1], exact)
@@ -230,9 +256,7 @@ def test_edits_reach_their_targets_and_nothing_else_is_written(
     assert set(record.seconds) == {"targets", "keys", "values", "solve", "write", "past keys"}
 
 
-def test_second_batch_respects_the_first(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: reference.Settings
-) -> None:
+def test_second_batch_respects_the_first(model: Model, tokenizer: Tokenizer, settings: Settings) -> None:
     generator = torch.Generator().manual_seed(7)
     projectors = {
         layer: reference.projector(rank_deficient_moment(64, generator).float(), threshold=0.01) for layer in LAYERS
