@@ -1,0 +1,266 @@
+"""What was edited: the factors of every batch, the keys they protect, and the weights as they were before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_alphaedit.algorithm.update import LowRankUpdate
+from hf_alphaedit.errors import StateError
+from hf_alphaedit.models.fingerprint import weight_digest
+from hf_alphaedit.requests import EditRequest
+
+
+if TYPE_CHECKING:
+    from hf_alphaedit.models.weights import EditSite
+
+HISTORY_NAME = "alphaedit_history.safetensors"
+
+# A delta is summed in float64 for this many elements at a time (128 MiB), whatever the size of the weight.
+CHUNK_ELEMENTS = 2**24
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The edits of one solve, in order.
+
+    Attributes:
+        requests: what was asked; empty where the texts were withheld from the file that this batch was read from.
+        keys: site -> (n, d) float32, filtered keys F^½ k. A site without them isn't protected from later edits.
+        updates: site -> the factors of what was added to its weight.
+        settings: `AlphaEditConfig.to_dict()` at the time.
+        created: when, ISO 8601, UTC.
+        withheld: number of edits whose request isn't in `requests`.
+        outcomes: for each request, what was measured (plain JSON types), e.g. {"before": ..., "after": ...}; may be
+            empty.
+    """
+
+    requests: tuple[EditRequest, ...]
+    keys: Mapping[str, Tensor]
+    updates: Mapping[str, LowRankUpdate]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    created: str = ""
+    withheld: int = 0
+    outcomes: tuple[Mapping[str, Any], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.requests) + self.withheld
+
+
+class History:
+    """All edits of one model since its unedited base, and that base's weights at the edited sites.
+
+    The weight after any of its batches is a pure function of the base weight and the batches' factors, see `weight`.
+    So undoing is computing it again with fewer batches, and rounding to a narrow dtype never accumulates.
+
+    Attributes:
+        base_fingerprint: `model_fingerprint` of the unedited model.
+        tokenizer_fingerprint: `tokenizer_fingerprint` of the tokenizer that found the subjects.
+        base_model: Hub id or path of the unedited model, where known.
+        base_revision: commit of `base_model`, where known.
+        contexts: context templates sampled for the first batch; all later ones use the same.
+        base_weights: site -> (h, d) on the CPU, in the model's dtype, before the first edit.
+        batches: the edits, oldest first.
+    """
+
+    def __init__(
+        self,
+        base_fingerprint: str,
+        tokenizer_fingerprint: str,
+        *,
+        base_model: str | None = None,
+        base_revision: str | None = None,
+        contexts: Sequence[str] | None = None,
+    ) -> None:
+        self.base_fingerprint = base_fingerprint
+        self.tokenizer_fingerprint = tokenizer_fingerprint
+        self.base_model = base_model
+        self.base_revision = base_revision
+        self.contexts = None if contexts is None else tuple(contexts)
+        self.base_weights: dict[str, Tensor] = {}
+        self.batches: list[Batch] = []
+        self.edited_digests: dict[str, str] = {}  # as read from a file: site -> digest of the weight saved with it
+
+    def __len__(self) -> int:
+        """Number of edits, those with withheld texts included."""
+        return sum(len(batch) for batch in self.batches)
+
+    @property
+    def requests(self) -> list[EditRequest]:
+        """All requests whose texts are known, oldest first."""
+        return [request for batch in self.batches for request in batch.requests]
+
+    def remember_base(self, sites: Sequence[EditSite]) -> None:
+        """Keep a copy of the weight of every site that isn't kept yet. Call it before the first write to a site."""
+        for site in sites:
+            if site.name not in self.base_weights:
+                self.base_weights[site.name] = site.read().cpu()
+
+    def past_keys(self, site_name: str) -> Tensor | None:
+        """(p, d) float32 filtered keys of all batches at one site, or None if there are none."""
+        keys = [batch.keys[site_name] for batch in self.batches if site_name in batch.keys]
+        return torch.cat(keys) if keys else None
+
+    def factors(self, site_name: str, batches: Sequence[Batch] | None = None) -> LowRankUpdate | None:
+        """The factors of all `batches` (default: of the history) at one site, one after another; None if untouched."""
+        batches = self.batches if batches is None else batches
+        updates = [batch.updates[site_name] for batch in batches if site_name in batch.updates]
+        if not updates:
+            return None
+        return LowRankUpdate(torch.cat([u.inputs for u in updates]), torch.cat([u.outputs for u in updates]))
+
+    def delta(self, site_name: str, batches: Sequence[Batch] | None = None) -> Tensor:
+        """What the batches (default: all) add to the weight of one site: (h, d) float32 on the CPU.
+
+        Summed in float64 in the order of the edits, and rounded once.
+
+        Raises:
+            StateError: the site's base weight isn't kept.
+        """
+        base = self._base(site_name)
+        delta = torch.zeros(base.shape)  # (h, d)
+        for rows, chunk in self._delta_chunks(site_name, batches, torch.device("cpu")):
+            delta[rows] = chunk
+        return delta
+
+    def weight(
+        self, site_name: str, batches: Sequence[Batch] | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """The weight of one site after `batches` (default: all): (h, d) in the base's dtype, on `device`.
+
+        It is `base + delta` with the delta of the method of that name, added in float32 (float64 for a float64 base)
+        and rounded once. Without a batch it is a copy of the base, bit for bit. The same device, machine and library
+        versions give the same bits.
+
+        Raises:
+            StateError: the site's base weight isn't kept.
+        """
+        device = torch.device(device)
+        base = self._base(site_name).to(device, copy=True)  # (h, d)
+        wide = torch.promote_types(base.dtype, torch.float32)
+        for rows, chunk in self._delta_chunks(site_name, batches, device):
+            # A float64 sum is rounded to float32 first, so that a stored float32 delta gives the same weight.
+            added = chunk if wide == torch.float64 else chunk.float()
+            base[rows] = (base[rows].to(wide) + added).to(base.dtype)
+        return base
+
+    def check(self, *, base_fingerprint: str, tokenizer_fingerprint: str, sites: Sequence[EditSite]) -> None:
+        """Refuse a history that belongs to another base model, tokenizer, layer or dtype.
+
+        Args:
+            base_fingerprint: `model_fingerprint(model, history.base_weights)` of the model in hand.
+            tokenizer_fingerprint: that of the tokenizer in hand.
+            sites: what the editor's settings let it edit.
+
+        Raises:
+            StateError: with what differs and what to do.
+        """
+        known = {site.name: site for site in sites}
+        foreign = sorted(set(self.base_weights) - set(known))
+        if foreign:
+            raise StateError(
+                f"the saved edits changed {foreign}, but the settings edit {sorted(known)}: "
+                "use the layers and target_module that the edits were made with"
+            )
+        for name, base in self.base_weights.items():
+            current = known[name].read()
+            if current.dtype != base.dtype:
+                raise StateError(
+                    f"{name} was edited in {base.dtype} and is {current.dtype} here; load the model with "
+                    f"dtype={str(base.dtype).removeprefix('torch.')!r}"
+                )
+            if current.shape != base.shape:
+                raise StateError(
+                    f"{name} is {tuple(current.shape)} here and was {tuple(base.shape)} when it was edited; load "
+                    f"{self.base_model or 'the model the edits were made on'}"
+                )
+        if tokenizer_fingerprint != self.tokenizer_fingerprint:
+            raise StateError(
+                "the saved edits were made with another tokenizer (fingerprint "
+                f"{self.tokenizer_fingerprint[:12]}, here {tokenizer_fingerprint[:12]}); load the tokenizer of {self.base_model or 'the base model'}"
+            )
+        if base_fingerprint != self.base_fingerprint:
+            raise StateError(
+                f"the saved edits belong to another base model (fingerprint {self.base_fingerprint[:12]}, here "
+                f"{base_fingerprint[:12]}); load {self.base_model or 'the model they were made on'}"
+                + (f" at revision {self.base_revision}" if self.base_revision else "")
+            )
+
+    def check_edited(self, sites: Sequence[EditSite]) -> None:
+        """Refuse weights that were changed by something else after this history was saved with them.
+
+        Raises:
+            StateError: naming the first weight that differs.
+        """
+        for site in sites:
+            wanted = self.edited_digests.get(site.name)
+            if wanted is not None and weight_digest(site.read()) != wanted:
+                raise StateError(
+                    f"{site.name} is not the weight that was saved with these edits: the checkpoint was changed "
+                    "afterwards. Load the checkpoint and its history from the same save, or delete "
+                    f"{HISTORY_NAME} to edit this model as a new base"
+                )
+
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        include_requests: bool = True,
+        is_main_process: bool = True,
+        sites: Sequence[EditSite] = (),
+    ) -> None:
+        """Write `alphaedit_history.safetensors` into `directory`, atomically.
+
+        Args:
+            directory: is made if it doesn't exist.
+            include_requests: with False no text of a request or of its outcome is written, only their number; going
+                on and undoing work all the same.
+            is_main_process: with False nothing is written.
+            sites: where the edited weights are now; their digests go into the file, for `check_edited`. For those not
+                given, the weight is computed.
+        """
+        from hf_alphaedit.history_file import save_history
+
+        if is_main_process:
+            save_history(self, Path(directory) / HISTORY_NAME, include_requests, sites)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> History:
+        """Read what `save` wrote. Follow it with `check` and `check_edited`.
+
+        Raises:
+            StateError: there is no such file, or it is damaged, cut short, of a newer format or contradicts itself.
+        """
+        from hf_alphaedit.history_file import load_history
+
+        path = Path(directory)
+        return load_history(path / HISTORY_NAME if path.is_dir() else path)
+
+    def _base(self, site_name: str) -> Tensor:
+        if site_name not in self.base_weights:
+            raise StateError(f"the unedited weight of {site_name} isn't kept; kept are {sorted(self.base_weights)}")
+        return self.base_weights[site_name]
+
+    def _delta_chunks(
+        self, site_name: str, batches: Sequence[Batch] | None, device: torch.device
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Rows and their part (r, d) of the delta in float64, chunk by chunk; nothing for an untouched site."""
+        batches = self.batches if batches is None else batches
+        updates = [batch.updates[site_name] for batch in batches if site_name in batch.updates]
+        if not updates:
+            return
+        height, width = self._base(site_name).shape
+        # Inputs (n, d) are read by every chunk, so they are widened once.
+        factors = [(u.outputs.to(device), u.inputs.to(device).double()) for u in updates]
+        step = max(1, CHUNK_ELEMENTS // width)
+        for start in range(0, height, step):
+            rows = slice(start, min(start + step, height))
+            total = torch.zeros(rows.stop - start, width, dtype=torch.float64, device=device)  # (r, d)
+            for outputs, inputs in factors:
+                total += outputs[:, rows].double().T @ inputs  # (r, n) (n, d) -> (r, d)
+            yield rows, total
