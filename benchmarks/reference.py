@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,7 +179,7 @@ def apply_edits(
     seconds: dict[str, float] = {}
 
     @contextmanager
-    def timed(phase: str) -> Iterator[None]:
+    def timed(phase: str) -> Generator[None, None, None]:
         start = time.perf_counter()
         yield
         seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
@@ -200,10 +200,12 @@ def apply_edits(
         past = past_grams[layer] if past_grams else torch.zeros_like(projectors[layer])  # (d, d)
         with timed("solve"):
             solution = solve_dense(projectors[layer], keys, past, residual, settings.l2)  # (d, h)
-        module = model.get_submodule(settings.down_projection.format(layer))
-        delta = solution if isinstance(module, Conv1D) else solution.T  # Conv1D (d, h), Linear (h, d)
+        name = settings.down_projection.format(layer)
+        delta = (
+            solution if isinstance(model.get_submodule(name), Conv1D) else solution.T
+        )  # Conv1D (d, h), Linear (h, d)
         with timed("write"), torch.no_grad():
-            module.weight.add_(delta)
+            model.get_parameter(f"{name}.weight").add_(delta)
         record.keys[layer], record.residuals[layer], record.deltas[layer] = keys, residual, delta
         record.past_grams[layer] = past
     for layer in layers:

@@ -4,7 +4,7 @@ Part of the baseline (see `reference.py`); it shares nothing with the library.
 """
 
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -54,7 +54,9 @@ def generate_contexts(
                 ]  # (V,)
             probabilities, candidates = logits.float().softmax(-1).cpu().topk(top_k)  # (top_k,)
             ids.append(int(candidates[torch.multinomial(probabilities, 1, generator=generator)]))
-        text = unicodedata.normalize("NFKD", tokenizer.decode(ids)).replace("\n\n", " ").replace("<|endoftext|>", "")
+        text = (
+            unicodedata.normalize("NFKD", str(tokenizer.decode(ids))).replace("\n\n", " ").replace("<|endoftext|>", "")
+        )
         contexts.append(text.replace("{", " ").replace("}", " ") + ". {}")
     return [["{}"], contexts]
 
@@ -102,7 +104,7 @@ def tensor_of(output: Tensor | tuple) -> Tensor:
 
 
 @contextmanager
-def hook(module: nn.Module, function: Callable) -> Iterator[None]:
+def hook(module: nn.Module, function: Callable) -> Generator[None, None, None]:
     """A forward hook on `module` for the length of the block."""
     handle = module.register_forward_hook(function)
     try:
