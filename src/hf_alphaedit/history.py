@@ -181,8 +181,8 @@ class History:
                 )
         if tokenizer_fingerprint != self.tokenizer_fingerprint:
             raise StateError(
-                "the saved edits were made with another tokenizer (fingerprint "
-                f"{self.tokenizer_fingerprint[:12]}, here {tokenizer_fingerprint[:12]}); load the tokenizer of {self.base_model or 'the base model'}"
+                f"the saved edits were made with another tokenizer (fingerprint {self.tokenizer_fingerprint[:12]}, "
+                f"here {tokenizer_fingerprint[:12]}); load the tokenizer of {self.base_model or 'the base model'}"
             )
         if base_fingerprint != self.base_fingerprint:
             raise StateError(

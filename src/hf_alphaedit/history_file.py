@@ -52,7 +52,7 @@ def load_history(path: Path) -> History:
         raise StateError(f"{path} holds tensors that no batch mentions: {sorted(tensors)[:3]}; save it again")
     for name, base in history.base_weights.items():
         if base.ndim != 2 or not base.dtype.is_floating_point:
-            raise StateError(f"{path}: the unedited {name} is {base.dtype} {tuple(base.shape)}, not a matrix of floats")
+            raise StateError(f"{path}: the unedited {name} is {base.dtype} {tuple(base.shape)}, no float matrix")
     for number, batch in enumerate(history.batches):
         for name, update in batch.updates.items():
             shape = (update.outputs.shape[1], update.inputs.shape[1])  # (h, d)
