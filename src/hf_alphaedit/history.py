@@ -1,55 +1,32 @@
-"""What was edited: the factors of every batch, the keys they protect, and the weights as they were before."""
+"""What was edited: the batches of edits of one model, and its weights as they were before."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor
 
+from hf_alphaedit import __version__
 from hf_alphaedit.algorithm.update import LowRankUpdate
+from hf_alphaedit.batches import Batch, decode_batches, delta_in_chunks, encode_batches, shape_of, updates_at
 from hf_alphaedit.errors import StateError
 from hf_alphaedit.models.fingerprint import weight_digest
 from hf_alphaedit.requests import EditRequest
+from hf_alphaedit.state import entry_of, read_state, write_state
 
 
 if TYPE_CHECKING:
     from hf_alphaedit.models.weights import EditSite
 
+__all__ = ["HISTORY_NAME", "Batch", "History"]
+
 HISTORY_NAME = "alphaedit_history.safetensors"
-
-# A delta is summed in float64 for this many elements at a time (128 MiB), whatever the size of the weight.
-CHUNK_ELEMENTS = 2**24
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """The edits of one solve, in order.
-
-    Attributes:
-        requests: what was asked; empty where the texts were withheld from the file that this batch was read from.
-        keys: site -> (n, d) float32, filtered keys F^½ k. A site without them isn't protected from later edits.
-        updates: site -> the factors of what was added to its weight.
-        settings: `AlphaEditConfig.to_dict()` at the time.
-        created: when, ISO 8601, UTC.
-        withheld: number of edits whose request isn't in `requests`.
-        outcomes: for each request, what was measured (plain JSON types), e.g. {"before": ..., "after": ...}; may be
-            empty.
-    """
-
-    requests: tuple[EditRequest, ...]
-    keys: Mapping[str, Tensor]
-    updates: Mapping[str, LowRankUpdate]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    created: str = ""
-    withheld: int = 0
-    outcomes: tuple[Mapping[str, Any], ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.requests) + self.withheld
+HISTORY_KIND = "hf_alphaedit.history"
 
 
 class History:
@@ -108,8 +85,7 @@ class History:
 
     def factors(self, site_name: str, batches: Sequence[Batch] | None = None) -> LowRankUpdate | None:
         """The factors of all `batches` (default: of the history) at one site, one after another; None if untouched."""
-        batches = self.batches if batches is None else batches
-        updates = [batch.updates[site_name] for batch in batches if site_name in batch.updates]
+        updates = updates_at(site_name, self.batches if batches is None else batches)
         if not updates:
             return None
         return LowRankUpdate(torch.cat([u.inputs for u in updates]), torch.cat([u.outputs for u in updates]))
@@ -124,7 +100,7 @@ class History:
         """
         base = self._base(site_name)
         delta = torch.zeros(base.shape)  # (h, d)
-        for rows, chunk in self._delta_chunks(site_name, batches, torch.device("cpu")):
+        for rows, chunk in self._chunks(site_name, batches, torch.device("cpu")):
             delta[rows] = chunk
         return delta
 
@@ -143,7 +119,7 @@ class History:
         device = torch.device(device)
         base = self._base(site_name).to(device, copy=True)  # (h, d)
         wide = torch.promote_types(base.dtype, torch.float32)
-        for rows, chunk in self._delta_chunks(site_name, batches, device):
+        for rows, chunk in self._chunks(site_name, batches, device):
             # A float64 sum is rounded to float32 first, so that a stored float32 delta gives the same weight.
             added = chunk if wide == torch.float64 else chunk.float()
             base[rows] = (base[rows].to(wide) + added).to(base.dtype)
@@ -206,6 +182,38 @@ class History:
                     f"{HISTORY_NAME} to edit this model as a new base"
                 )
 
+    def header(self) -> dict[str, Any]:
+        """What identifies the model that the edits belong to, and the versions in use, in plain JSON types."""
+        return {
+            "base_fingerprint": self.base_fingerprint,
+            "tokenizer_fingerprint": self.tokenizer_fingerprint,
+            "base_model": self.base_model,
+            "base_revision": self.base_revision,
+            "contexts": None if self.contexts is None else list(self.contexts),
+            "versions": {
+                "hf_alphaedit": __version__,
+                "torch": str(torch.__version__),
+                "transformers": transformers.__version__,
+            },
+        }
+
+    @classmethod
+    def from_header(cls, document: Mapping[str, Any], path: Path) -> History:
+        """A history without batches from what `header` gave; `StateError` where an entry is missing or wrong."""
+        fingerprints = [entry_of(document, name, str, path) for name in ("base_fingerprint", "tokenizer_fingerprint")]
+        for value in fingerprints:
+            if not re.fullmatch("[0-9a-f]{64}", value):
+                raise StateError(f"{path}: {value!r} is no fingerprint (64 hexadecimal digits); save it again")
+        contexts = entry_of(document, "contexts", (list, type(None)), path)
+        if contexts is not None and not all(isinstance(text, str) for text in contexts):
+            raise StateError(f"{path}: contexts={contexts!r} must be a list of texts; save it again")
+        return cls(
+            *fingerprints,
+            base_model=entry_of(document, "base_model", (str, type(None)), path),
+            base_revision=entry_of(document, "base_revision", (str, type(None)), path),
+            contexts=contexts,
+        )
+
     def save(
         self,
         directory: str | Path,
@@ -224,43 +232,52 @@ class History:
             sites: where the edited weights are now; their digests go into the file, for `check_edited`. For those not
                 given, the weight is computed.
         """
-        from hf_alphaedit.history_file import save_history
-
-        if is_main_process:
-            save_history(self, Path(directory) / HISTORY_NAME, include_requests, sites)
+        if not is_main_process:
+            return
+        current = {site.name: site for site in sites}
+        digests = {
+            name: weight_digest(current[name].read() if name in current else self.weight(name))
+            for name in self.base_weights
+        }
+        entries, tensors = encode_batches(self.batches, include_requests=include_requests)
+        tensors |= {f"base/{name}": weight for name, weight in self.base_weights.items()}
+        document = {**self.header(), "batches": entries, "edited_digests": digests}
+        write_state(Path(directory) / HISTORY_NAME, HISTORY_KIND, document, tensors)
 
     @classmethod
     def load(cls, directory: str | Path) -> History:
-        """Read what `save` wrote. Follow it with `check` and `check_edited`.
+        """Read what `save` wrote, from the directory or the file. Follow it with `check` and `check_edited`.
 
         Raises:
             StateError: there is no such file, or it is damaged, cut short, of a newer format or contradicts itself.
         """
-        from hf_alphaedit.history_file import load_history
-
-        path = Path(directory)
-        return load_history(path / HISTORY_NAME if path.is_dir() else path)
+        path = Path(directory) / HISTORY_NAME if Path(directory).is_dir() else Path(directory)
+        document, tensors = read_state(path, HISTORY_KIND)
+        history = cls.from_header(document, path)
+        history.edited_digests = entry_of(document, "edited_digests", dict, path)
+        names = [name for name in tensors if name.startswith("base/")]
+        history.base_weights = {name.removeprefix("base/"): tensors.pop(name) for name in names}
+        history.batches = decode_batches(entry_of(document, "batches", list, path), tensors, path)
+        if tensors:
+            raise StateError(f"{path} holds tensors that no batch mentions: {sorted(tensors)[:3]}; save it again")
+        for name, base in history.base_weights.items():
+            if base.ndim != 2 or not base.dtype.is_floating_point:
+                raise StateError(f"{path}: the unedited {name} is {base.dtype} {tuple(base.shape)}, no float matrix")
+        for number, batch in enumerate(history.batches):
+            for name, update in batch.updates.items():
+                if name not in history.base_weights or history.base_weights[name].shape != shape_of(update):
+                    raise StateError(
+                        f"{path}: batch {number} changes {name} as {shape_of(update)}, which isn't its shape"
+                    )
+        return history
 
     def _base(self, site_name: str) -> Tensor:
         if site_name not in self.base_weights:
             raise StateError(f"the unedited weight of {site_name} isn't kept; kept are {sorted(self.base_weights)}")
         return self.base_weights[site_name]
 
-    def _delta_chunks(
+    def _chunks(
         self, site_name: str, batches: Sequence[Batch] | None, device: torch.device
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Rows and their part (r, d) of the delta in float64, chunk by chunk; nothing for an untouched site."""
-        batches = self.batches if batches is None else batches
-        updates = [batch.updates[site_name] for batch in batches if site_name in batch.updates]
-        if not updates:
-            return
-        height, width = self._base(site_name).shape
-        # Inputs (n, d) are read by every chunk, so they are widened once.
-        factors = [(u.outputs.to(device), u.inputs.to(device).double()) for u in updates]
-        step = max(1, CHUNK_ELEMENTS // width)
-        for start in range(0, height, step):
-            rows = slice(start, min(start + step, height))
-            total = torch.zeros(rows.stop - start, width, dtype=torch.float64, device=device)  # (r, d)
-            for outputs, inputs in factors:
-                total += outputs[:, rows].double().T @ inputs  # (r, n) (n, d) -> (r, d)
-            yield rows, total
+        updates = updates_at(site_name, self.batches if batches is None else batches)
+        return delta_in_chunks(updates, self._base(site_name).shape, device)

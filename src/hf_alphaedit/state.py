@@ -81,6 +81,13 @@ def read_state(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]
     return document, tensors
 
 
+def entry_of(entry: Mapping[str, Any], name: str, kind: type | tuple[type, ...], where: Path | str) -> Any:
+    """`entry[name]`, or `StateError` if it is missing or of another type."""
+    if name not in entry or not isinstance(entry[name], kind):
+        raise StateError(f"{where}: {name}={entry.get(name, 'missing')!r} is not as save_pretrained writes it")
+    return entry[name]
+
+
 def _checksum(kind: str, text: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(f"{kind}\n{FORMAT_VERSION}\n{text}\n".encode())
     for name in sorted(tensors):

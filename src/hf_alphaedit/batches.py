@@ -1,0 +1,180 @@
+"""Batches of edits: the factors that each adds to the weights, and their form as JSON and named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_alphaedit.algorithm.update import LowRankUpdate
+from hf_alphaedit.errors import RequestError, StateError
+from hf_alphaedit.requests import EditRequest
+from hf_alphaedit.state import entry_of
+
+
+# A delta is summed in float64 for this many elements at a time (128 MiB), whatever the size of the weight.
+CHUNK_ELEMENTS = 2**24
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The edits of one solve, in order.
+
+    Attributes:
+        requests: what was asked; empty where the texts were withheld from the file that this batch was read from.
+        keys: site -> (n, d) float32, filtered keys F^½ k. A site without them isn't protected from later edits.
+        updates: site -> the factors of what was added to its weight.
+        settings: `AlphaEditConfig.to_dict()` at the time.
+        created: when, ISO 8601, UTC.
+        withheld: number of edits whose request isn't in `requests`.
+        outcomes: for each request, what was measured (plain JSON types), e.g. {"before": ..., "after": ...}; may be
+            empty.
+    """
+
+    requests: tuple[EditRequest, ...]
+    keys: Mapping[str, Tensor]
+    updates: Mapping[str, LowRankUpdate]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    created: str = ""
+    withheld: int = 0
+    outcomes: tuple[Mapping[str, Any], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.requests) + self.withheld
+
+
+def shape_of(update: LowRankUpdate) -> tuple[int, int]:
+    """(h, d) of the weight that `update` is for."""
+    return update.outputs.shape[1], update.inputs.shape[1]
+
+
+def dense_update(delta: Tensor) -> LowRankUpdate:
+    """A dense (h, d) float32 delta as factors, exactly: every row of the weight is an output of its own."""
+    return LowRankUpdate(delta, torch.eye(len(delta)))
+
+
+def _is_dense(update: LowRankUpdate) -> bool:
+    rows, height = update.outputs.shape
+    return rows == height and torch.equal(update.outputs, torch.eye(rows))
+
+
+def updates_at(site_name: str, batches: Sequence[Batch]) -> list[LowRankUpdate]:
+    """The updates of one site, oldest first."""
+    return [batch.updates[site_name] for batch in batches if site_name in batch.updates]
+
+
+def delta_in_chunks(
+    updates: Sequence[LowRankUpdate], shape: Sequence[int], device: torch.device
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the (h, d) sum of `updates`, and their float64 values (r, d) on `device`; nothing without an update.
+
+    The order of the sum depends on nothing but the order of the updates, so the same call gives the same bits.
+    """
+    if not updates:
+        return
+    height, width = shape
+    # Inputs (n, d) are read by every chunk, so they are widened once.
+    factors = [(update.outputs.to(device), update.inputs.to(device).double()) for update in updates]
+    step = max(1, CHUNK_ELEMENTS // width)
+    for start in range(0, height, step):
+        rows = slice(start, min(start + step, height))
+        total = torch.zeros(rows.stop - start, width, dtype=torch.float64, device=device)  # (r, d)
+        for outputs, inputs in factors:
+            total += outputs[:, rows].double().T @ inputs  # (r, n) (n, d) -> (r, d)
+        yield rows, total
+
+
+def encode_batches(
+    batches: Sequence[Batch],
+    *,
+    include_requests: bool = True,
+    include_keys: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """JSON entries and named tensors of `batches`.
+
+    Factors and keys are rounded to `dtype`; a dense update (see `dense_update`) is stored once, in float32.
+    """
+    entries, tensors = [], {}
+    for number, batch in enumerate(batches):
+        keys = batch.keys if include_keys else {}
+        entry: dict[str, Any] = {
+            "count": len(batch),
+            "settings": dict(batch.settings),
+            "created": batch.created,
+            "updates": sorted(batch.updates),
+            "dense": [],
+            "keys": sorted(keys),
+        }
+        if include_requests and batch.requests:
+            entry["requests"] = [request.to_dict() for request in batch.requests]
+            entry["outcomes"] = [dict(outcome) for outcome in batch.outcomes]
+        entries.append(entry)
+        for site, update in batch.updates.items():
+            if _is_dense(update):
+                entry["dense"].append(site)
+                tensors[f"{number}/{site}/inputs"] = update.inputs
+            else:
+                tensors[f"{number}/{site}/inputs"] = update.inputs.to(dtype)
+                tensors[f"{number}/{site}/outputs"] = update.outputs.to(dtype)
+        for site, rows in keys.items():
+            tensors[f"{number}/{site}/keys"] = rows.to(dtype)
+    return entries, tensors
+
+
+def decode_batches(entries: Sequence[Any], tensors: dict[str, Tensor], path: Path) -> list[Batch]:
+    """The inverse of `encode_batches`. Takes what it uses out of `tensors`; all of it becomes float32.
+
+    Raises:
+        StateError: naming `path`, the batch and what is wrong with it.
+    """
+    return [_decode_batch(number, entry, tensors, path) for number, entry in enumerate(entries)]
+
+
+def _decode_batch(number: int, entry: Any, tensors: dict[str, Tensor], path: Path) -> Batch:
+    where = f"{path}: batch {number}"
+    if not isinstance(entry, dict):
+        raise StateError(f"{where} is a {type(entry).__name__} instead of an object; save it again")
+
+    def taken(site: str, part: str) -> Tensor:
+        tensor = tensors.pop(f"{number}/{site}/{part}", None)
+        if tensor is None:
+            raise StateError(f"{where} has no {part} for {site}; save it again")
+        if tensor.ndim != 2 or not tensor.dtype.is_floating_point or not tensor.isfinite().all():
+            raise StateError(f"{where}: the {part} of {site} are no finite matrix; save it again")
+        return tensor.float()
+
+    dense = entry_of(entry, "dense", list, where)
+    updates = {}
+    for site in map(str, entry_of(entry, "updates", list, where)):
+        inputs = taken(site, "inputs")
+        updates[site] = dense_update(inputs) if site in dense else LowRankUpdate(inputs, taken(site, "outputs"))
+        if len(updates[site].inputs) != len(updates[site].outputs):
+            raise StateError(f"{where}: inputs and outputs of {site} have different numbers of rows; save it again")
+    keys = {site: taken(site, "keys") for site in map(str, entry_of(entry, "keys", list, where))}
+    for site, rows in keys.items():
+        if site not in updates or rows.shape[1] != updates[site].inputs.shape[1]:
+            raise StateError(f"{where}: the keys of {site} don't fit its update; save it again")
+    count = entry_of(entry, "count", int, where)
+    outcomes = entry.get("outcomes", [])
+    if not isinstance(outcomes, list) or not all(isinstance(outcome, dict) for outcome in outcomes):
+        raise StateError(f"{where}: outcomes={outcomes!r} must be a list of objects; save it again")
+    try:
+        requests = tuple(EditRequest(**fields) for fields in entry.get("requests", []))
+    except (TypeError, RequestError) as error:
+        raise StateError(f"{where} holds a request that can't be read ({error}); save it again") from error
+    if count < 1 or len(requests) not in (0, count):
+        raise StateError(f"{where} counts {count} edits and holds {len(requests)} requests; save it again")
+    return Batch(
+        requests=requests,
+        keys=keys,
+        updates=updates,
+        settings=entry_of(entry, "settings", dict, where),
+        created=entry_of(entry, "created", str, where),
+        withheld=count - len(requests),
+        outcomes=tuple(outcomes),
+    )
