@@ -1,0 +1,49 @@
+"""Several processes started by `accelerate launch`: who am I, how many are we, and sums over all of us."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that share one piece of work; a single one unless a launcher started more.
+
+    Attributes:
+        rank: number of this process, from 0.
+        count: how many there are.
+        state: accelerate's state; None for a single process, whose torch and environment are left alone.
+    """
+
+    rank: int = 0
+    count: int = 1
+    state: PartialState | None = None
+
+    @classmethod
+    def current(cls) -> Processes:
+        """Join the processes of this launch. accelerate is set up only where it already was, or a launcher asks for it."""
+        if not PartialState._shared_state and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        state = PartialState()
+        return cls() if state.num_processes == 1 else cls(state.process_index, state.num_processes, state)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes shared files and shows progress."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over all processes, on its own device; every process must call it."""
+        if self.state is None:
+            return tensor
+        return reduce(tensor.to(self.state.device), "sum").to(tensor.device)
+
+    def wait(self) -> None:
+        """Return once every process has come here."""
+        if self.state is not None:
+            self.state.wait_for_everyone()

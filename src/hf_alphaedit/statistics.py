@@ -1,0 +1,197 @@
+"""Second moments of the keys over a corpus: one pass for all layers, cached, resumable, split over processes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import cached_assets_path
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_alphaedit.algorithm.moments import SecondMoment
+from hf_alphaedit.corpus import Document, leading_special_tokens, pack
+from hf_alphaedit.corpus_pass import CorpusPass, Halves
+from hf_alphaedit.errors import StatisticsError
+from hf_alphaedit.models.weights import EditSite
+from hf_alphaedit.processes import Processes
+from hf_alphaedit.statistics_files import (
+    FORMAT_VERSION,
+    Description,
+    digest_of,
+    read_moments,
+    write_moments,
+)
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class SecondMoments:
+    """C = E[k kᵀ] of the unedited model's keys at every site.
+
+    Attributes:
+        moments: site name -> (d, d) float32, CPU.
+        files: site name -> cache file, which also holds the two half-sample moments.
+        corpus: identity of the text.
+        tokens: keys seen per site.
+        seconds: time spent on reading or computing.
+        from_cache: whether every moment came from the cache.
+    """
+
+    moments: dict[str, Tensor]
+    files: dict[str, Path]
+    corpus: str
+    tokens: int
+    seconds: float
+    from_cache: bool
+
+
+def default_cache_directory(model_name: str | None) -> Path:
+    """The folder for the second moments of one model, in the Hub's cache of derived files; made if need be."""
+    return cached_assets_path("hf_alphaedit", namespace=model_name or "unnamed", subfolder="second_moments")
+
+
+def collect_second_moments(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sites: Sequence[EditSite],
+    texts: Iterable[Document],
+    *,
+    num_tokens: int,
+    sequence_length: int,
+    base_fingerprint: str,
+    tokenizer_fingerprint: str,
+    corpus_name: str,
+    cache_directory: str | Path,
+    force: bool = False,
+    count_first: bool = True,
+    product_dtype: torch.dtype | None = None,
+    forward_dtype: torch.dtype | None = None,
+    tokens_per_batch: int = 4096,
+    checkpoint_seconds: float = 60.0,
+) -> SecondMoments:
+    """Second moments of the keys at `sites`, from the cache or from one pass over `texts`.
+
+    The text is packed into sequences of `sequence_length` tokens (at most the model's context), and the forward pass
+    ends at the last site, so memory is bounded whatever the context and the vocabulary. The result doesn't depend on
+    `tokens_per_batch`, which is halved when memory runs out, nor on the number of processes. A run that is killed goes
+    on from its last checkpoint. The model must be the unedited one; it is as before on return.
+
+    Args:
+        sites: where keys are collected, in the order in which they run; the pass ends after the last.
+        texts: texts, or documents of token ids; see `hf_alphaedit.corpus.open_corpus`. Not read if all is cached.
+        num_tokens: tokens to read; a shorter corpus is used as it is, with a warning.
+        base_fingerprint, tokenizer_fingerprint, corpus_name: part of the cache key, checked when a file is read.
+        force: compute anew, whatever the cache and the checkpoints hold.
+        count_first: count the keys of the special tokens that begin every sequence (BOS), as published.
+        product_dtype: dtype of the products k kᵀ, see `SecondMoment`; None is exact.
+        forward_dtype: dtype of the matrix products of the forward pass, see `matrix_products_in`; None is the model's.
+        checkpoint_seconds: time between two checkpoints.
+
+    Raises:
+        StatisticsError: the corpus is empty, a site never ran, or its keys are not finite.
+    """
+    began = time.monotonic()
+    processes = Processes.current()
+    length = _within_context(model, sequence_length)
+    common: Description = {
+        "format_version": FORMAT_VERSION,
+        "base": base_fingerprint,
+        "tokenizer": tokenizer_fingerprint,
+        "corpus": corpus_name,
+        "num_tokens": num_tokens,
+        "sequence_length": length,
+        "count_first": count_first,
+        "model_dtype": str(model.dtype),
+        "product_dtype": str(product_dtype),
+        "forward_dtype": str(forward_dtype),
+    }
+    descriptions = {site.name: {**common, "site": site.name} for site in sites}
+    directory = Path(cache_directory)
+    files = {name: directory / f"{name}-{digest_of(about)}.safetensors" for name, about in descriptions.items()}
+
+    halves = {} if force else _read_cached(files, descriptions)
+    # Processes on several machines may have different caches: what one of them lacks is computed by all.
+    lacking = processes.sum(torch.tensor([site.name not in halves for site in sites]).long())  # (sites,)
+    missing = [site for site, count in zip(sites, lacking.tolist(), strict=True) if count]
+    if missing:
+        about = {**common, "sites": [site.name for site in missing], "process": [processes.rank, processes.count]}
+        corpus_pass = CorpusPass(
+            model=model,
+            sites=missing,
+            sequences=_pack_once(processes, texts, tokenizer, num_tokens, length).split(length),
+            skipped=0 if count_first else len(leading_special_tokens(tokenizer)),
+            processes=processes,
+            batch_size=max(1, tokens_per_batch // length),
+            product_dtype=product_dtype,
+            forward_dtype=forward_dtype,
+            checkpoint=directory / f"{digest_of(about)}.checkpoint",
+            checkpoint_seconds=checkpoint_seconds,
+            description=about,
+        )
+        collected = corpus_pass.collect(resume=not force)
+        if processes.is_main:
+            for name, pair in collected.items():
+                write_moments(files[name], pair, descriptions[name], torch.float32)
+        processes.wait()
+        corpus_pass.forget_checkpoint()
+        halves |= collected
+    return SecondMoments(
+        moments={site.name: _mean(halves[site.name]) for site in sites},
+        files=files,
+        corpus=corpus_name,
+        tokens=sum(half.count for half in halves[sites[0].name]),
+        seconds=time.monotonic() - began,
+        from_cache=not missing,
+    )
+
+
+def _within_context(model: PreTrainedModel, sequence_length: int) -> int:
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return min(sequence_length, context) if context and context > 0 else sequence_length
+
+
+def _read_cached(files: dict[str, Path], descriptions: dict[str, Description]) -> dict[str, Halves]:
+    """What the cache holds; a file that can't be used is reported and computed again."""
+    halves: dict[str, Halves] = {}
+    for name, path in files.items():
+        if not path.exists():
+            continue
+        try:
+            even, odd = read_moments(path, descriptions[name])[0]
+        except (StatisticsError, ValueError) as error:
+            logger.warning("cached second moment ignored: %s", error)
+            continue
+        halves[name] = (even, odd)
+    return halves
+
+
+def _pack_once(
+    processes: Processes,
+    texts: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    num_tokens: int,
+    length: int,
+) -> Tensor:
+    """The packed corpus (n,), read by the main process alone: a sampled or streamed corpus need not repeat itself."""
+    tokens = pack(texts, tokenizer, num_tokens, length) if processes.is_main else torch.zeros(0, dtype=torch.long)
+    count = int(processes.sum(torch.tensor(tokens.numel())))
+    if not processes.is_main:
+        tokens = torch.zeros(count, dtype=torch.long)
+    elif count < num_tokens:
+        logger.warning("the corpus has %d tokens, fewer than the %d asked for; all of it is used", count, num_tokens)
+    return processes.sum(tokens)
+
+
+def _mean(halves: Halves) -> Tensor:
+    even, odd = halves
+    total = SecondMoment(even.dimension)
+    total.merge(even)
+    total.merge(odd)
+    return total.mean()
