@@ -26,7 +26,7 @@ class Processes:
 
     @classmethod
     def current(cls) -> Processes:
-        """Join the processes of this launch. accelerate is set up only where it already was, or a launcher asks for it."""
+        """Join the processes of this launch; accelerate is set up only if it already was, or a launcher wants it."""
         if not PartialState._shared_state and int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         state = PartialState()

@@ -84,14 +84,21 @@ def collect_second_moments(
     on from its last checkpoint. The model must be the unedited one; it is as before on return.
 
     Args:
+        model: the unedited model, any placement.
+        tokenizer: its tokenizer.
         sites: where keys are collected, in the order in which they run; the pass ends after the last.
         texts: texts, or documents of token ids; see `hf_alphaedit.corpus.open_corpus`. Not read if all is cached.
         num_tokens: tokens to read; a shorter corpus is used as it is, with a warning.
-        base_fingerprint, tokenizer_fingerprint, corpus_name: part of the cache key, checked when a file is read.
+        sequence_length: tokens of one packed sequence.
+        base_fingerprint: of the unedited weights; like the next two, part of the cache key and checked on reading.
+        tokenizer_fingerprint: of the tokenizer.
+        corpus_name: identity of the text.
+        cache_directory: where moments and checkpoints are kept, see `default_cache_directory`.
         force: compute anew, whatever the cache and the checkpoints hold.
         count_first: count the keys of the special tokens that begin every sequence (BOS), as published.
         product_dtype: dtype of the products k kᵀ, see `SecondMoment`; None is exact.
         forward_dtype: dtype of the matrix products of the forward pass, see `matrix_products_in`; None is the model's.
+        tokens_per_batch: tokens of one forward pass.
         checkpoint_seconds: time between two checkpoints.
 
     Raises:

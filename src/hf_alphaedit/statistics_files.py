@@ -72,9 +72,7 @@ def read_moments(path: Path, description: Description | None = None) -> tuple[li
                 moment = SecondMoment(dimension)
                 packed = file.get_tensor(f"packed.{index}")
                 if packed.shape != moment.packed.shape or not packed.isfinite().all():
-                    raise StatisticsError(
-                        f"{path} is damaged: packed.{index} has {tuple(packed.shape)} entries or NaN"
-                    )
+                    raise StatisticsError(f"{path} is damaged: packed.{index} is cut short, or not finite")
                 moment.packed.copy_(packed)
                 moment.count = count
                 moments.append(moment)
@@ -117,4 +115,4 @@ def write_legacy_moment(path: str | Path, mean: Tensor, count: int, sample_size:
         "sample_size": sample_size,
     }
     with Path(path).open("wb") as file:  # a file object, since numpy would add a suffix to a name
-        numpy.savez(file, **{name: numpy.asarray(value) for name, value in arrays.items()})
+        numpy.savez(file, allow_pickle=False, **{name: numpy.asarray(value) for name, value in arrays.items()})
