@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,16 @@ class History:
         for site in sites:
             if site.name not in self.base_weights:
                 self.base_weights[site.name] = site.read().cpu()
+
+    def record_outcomes(self, outcomes: Sequence[Mapping[str, Any]]) -> None:
+        """Keep what was measured for the last `len(outcomes)` edits (plain JSON types), for the model card."""
+        remaining = [dict(outcome) for outcome in outcomes]
+        for index in reversed(range(len(self.batches))):
+            if not remaining:
+                break
+            count = len(self.batches[index])
+            self.batches[index] = replace(self.batches[index], outcomes=tuple(remaining[-count:]))
+            del remaining[-count:]
 
     def past_keys(self, site_name: str) -> Tensor | None:
         """(p, d) float32 filtered keys of all batches at one site, or None if there are none."""
