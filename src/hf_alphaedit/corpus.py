@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -155,7 +156,7 @@ def _dataset_texts(name: str) -> tuple[Iterable[str], str]:
 def pack(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, num_tokens: int, sequence_length: int
 ) -> Tensor:
-    """Token ids (n,) int64, n <= `num_tokens`, that `split(sequence_length)` cuts into the sequences to run.
+    """Token ids (n,) int32, n <= `num_tokens`, that `split(sequence_length)` cuts into the sequences to run.
 
     Documents are joined by the end-of-text token, and each sequence begins with the special tokens that the tokenizer
     puts before a text (BOS), so that the model sees what it was trained on. No sequence is padded.
@@ -167,17 +168,19 @@ def pack(
     if len(prefix) >= sequence_length:
         raise StatisticsError(f"sequence_length={sequence_length} has no room after the special tokens {prefix}")
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    packed: list[int] = []
+    packed = array("i")  # 4 bytes a token: corpora of the published size have tens of millions
     for document in _tokenised(documents, tokenizer):
+        if not document:
+            continue
         for token in (*document, *separator):
             if len(packed) % sequence_length == 0:
-                packed += prefix
+                packed.extend(prefix)
             packed.append(token)
         if len(packed) >= num_tokens:
             break
-    if len(packed) <= len(prefix) + len(separator):
+    if not packed:
         raise StatisticsError("the corpus has no text; give one with at least a few thousand tokens")
-    return torch.tensor(packed[:num_tokens])
+    return torch.tensor(packed[:num_tokens], dtype=torch.int32)
 
 
 def _tokenised(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[Sequence[int]]:

@@ -11,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import torch
+from accelerate.utils import has_offloaded_params
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from huggingface_hub.utils import tqdm
 from torch import Tensor
@@ -67,11 +68,12 @@ class CorpusPass:
         """
         done, halves = self._resume() if resume else (0, {})
         mine = range(self.processes.rank, len(self.sequences), self.processes.count)
-        before_last = list(takewhile(lambda module: module is not self.sites[-1].module, self.model.modules()))
+        before_last = takewhile(lambda module: module is not self.sites[-1].module, self.model.modules())
+        resident = [module for module in before_last if not has_offloaded_params(module)]
         with (
             torch.no_grad(),
             inference_state(self.model),
-            matrix_products_in(before_last, self.forward_dtype),
+            matrix_products_in(resident, self.forward_dtype),
             tqdm(
                 total=sum(len(self.sequences[index]) for index in mine),
                 initial=sum(len(self.sequences[index]) for index in mine[:done]),
@@ -119,7 +121,7 @@ class CorpusPass:
         return None
 
     def _keys(self, batch: range) -> dict[str, Tensor]:
-        token_ids = torch.stack([self.sequences[index] for index in batch]).to(self.model.device)  # (B, T)
+        token_ids = torch.stack([self.sequences[index] for index in batch]).long().to(self.model.device)  # (B, T)
         with ExitStack() as stack:
             modules = {site.name: site.module for site in self.sites}
             # Some architectures flatten (B, T, d) to (B T, d) around their feed-forward block.

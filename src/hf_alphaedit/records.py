@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def _from_counterfact(source: Mapping[str, Any]) -> Record:
     record = _from_flat({**source, **rewrite})
     # In CounterFact the neighbours share the edited fact's old object: it is their right answer.
     neighborhood = _neighborhood(source.get("neighborhood_prompts", ()), record.request.target_true)
-    return Record(**{**vars(record), "neighborhood": neighborhood})
+    return replace(record, neighborhood=neighborhood)
 
 
 def _from_zsre(source: Mapping[str, Any]) -> Record:

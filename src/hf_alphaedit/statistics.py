@@ -187,10 +187,10 @@ def _pack_once(
     length: int,
 ) -> Tensor:
     """The packed corpus (n,), read by the main process alone: a sampled or streamed corpus need not repeat itself."""
-    tokens = pack(texts, tokenizer, num_tokens, length) if processes.is_main else torch.zeros(0, dtype=torch.long)
+    tokens = pack(texts, tokenizer, num_tokens, length) if processes.is_main else torch.zeros(0, dtype=torch.int32)
     count = int(processes.sum(torch.tensor(tokens.numel())))
     if not processes.is_main:
-        tokens = torch.zeros(count, dtype=torch.long)
+        tokens = torch.zeros(count, dtype=torch.int32)
     elif count < num_tokens:
         logger.warning("the corpus has %d tokens, fewer than the %d asked for; all of it is used", count, num_tokens)
     return processes.sum(tokens)

@@ -24,8 +24,9 @@ def input_device(model: PreTrainedModel) -> torch.device:
     """Where the token ids go: the device on which the input embeddings run, also when they are offloaded."""
     embeddings = model.get_input_embeddings()
     if has_offloaded_params(embeddings):
-        return torch.device(embeddings._hf_hook.execution_device)
-    return embeddings.weight.device
+        hook: Any = embeddings._hf_hook
+        return torch.device(hook.execution_device)
+    return next(embeddings.parameters()).device
 
 
 def batches(lengths: Sequence[int], batch_size: int | None, logits_per_row: int = 0) -> Iterator[list[int]]:

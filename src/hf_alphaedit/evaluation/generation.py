@@ -84,9 +84,8 @@ def as_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     if not tokenizer.chat_template:
         raise RequestError(f"chat=True needs a chat template, and {type(tokenizer).__name__} has none; set chat=False")
     message = prompt if prompt.rstrip().endswith(("?", "？")) else f"Complete this sentence: {prompt}"
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
-    )
+    messages = [{"role": "user", "content": message}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -155,7 +154,10 @@ def _pick(logits: Tensor, draws: Tensor, top_k: int) -> Tensor:
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new: Sequence[int]) -> str:
     """The new tokens as text, with the space that joins them to the prompt; a character cut in half is dropped."""
-    settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    before, whole = tokenizer.decode(list(prompt), **settings), tokenizer.decode([*prompt, *new], **settings)
-    text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(new), **settings)
+
+    def decoded(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    before, whole = decoded(list(prompt)), decoded([*prompt, *new])
+    text = whole[len(before) :] if whole.startswith(before) else decoded(list(new))
     return text.rstrip("\N{REPLACEMENT CHARACTER}")

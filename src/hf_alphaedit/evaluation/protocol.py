@@ -215,7 +215,7 @@ def _held_out(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Reference | Iterable[str], seed: int
 ) -> dict[str, Estimate]:
     reference = held_out if isinstance(held_out, Reference) else None
-    windows = reference.windows if reference else pack(model, tokenizer, held_out)
+    windows = held_out.windows if isinstance(held_out, Reference) else pack(model, tokenizer, held_out)
     losses, divergences = held_out_losses(model, windows, reference)
     result = {"perplexity": estimate(losses.tolist(), seed=seed, transform=torch.exp)}
     if reference is not None and divergences is not None:

@@ -95,7 +95,8 @@ class EvaluationReport:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EvaluationReport:
         """The inverse of `to_dict`."""
-        return cls(**{**values, "metrics": {name: Estimate(**item) for name, item in values["metrics"].items()}})
+        metrics = {name: Estimate(**item) for name, item in values["metrics"].items()}
+        return cls(metrics, values["records"], values["settings"])
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON text, also written to `path` if that is given."""

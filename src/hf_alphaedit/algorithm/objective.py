@@ -1,0 +1,66 @@
+"""The loss of a candidate delta (paper, equation 3; MEMIT, section 4.2), for many requests at once."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TargetLoss:
+    """Loss of each of m requests; every tensor is (m,), float32.
+
+    Attributes:
+        total: what is minimised; carries the graph.
+        likelihood: mean over the rows of the mean negative log-likelihood of a target token, in nats.
+        divergence: weighted KL of the request's '<subject> is a' distribution from the unedited one.
+        decay: weighted ‖delta‖ / ‖value‖².
+        argmax: bool, whether every target token is the argmax in every row.
+    """
+
+    total: Tensor
+    likelihood: Tensor
+    divergence: Tensor
+    decay: Tensor
+    argmax: Tensor
+
+
+def target_loss(
+    token_logits: Tensor,
+    labels: Tensor,
+    token_request: Tensor,
+    token_weight: Tensor,
+    subject_logits: Tensor,
+    subject_reference: Tensor,
+    delta: Tensor,
+    value_norm: Tensor,
+    kl_factor: float,
+    weight_decay: float,
+) -> TargetLoss:
+    """NLL + KL + decay for m requests with t loss positions in all.
+
+    Args:
+        token_logits: (t, vocabulary) logits at every position that predicts a target token.
+        labels: (t,) the target tokens.
+        token_request: (t,) which of the m requests each position belongs to.
+        token_weight: (t,) 1 / (rows of the request · target tokens), so that a request's weights sum to one.
+        subject_logits: (m, vocabulary) logits at the subject's last token of '<subject> is a'.
+        subject_reference: (m, vocabulary) log-probabilities there before any change.
+        delta: (m, h) the candidate, and `value_norm` (m,) the norm of the vector it is added to.
+    """
+    count = delta.shape[0]
+    # Cross entropy by logsumexp and one gather: the (t, vocabulary) log-probabilities are never stored.
+    token_logits = token_logits.float()
+    surprise = token_logits.logsumexp(-1) - token_logits.gather(1, labels[:, None]).squeeze(1)  # (t,)
+    likelihood = torch.zeros(count, device=delta.device).index_add(0, token_request, surprise * token_weight)  # (m,)
+
+    subject_log_probabilities = subject_logits.float().log_softmax(-1)  # (m, vocabulary)
+    difference = subject_log_probabilities - subject_reference  # (m, vocabulary)
+    divergence = kl_factor * (subject_log_probabilities.exp() * difference).sum(-1)  # (m,) KL(edited ‖ unedited)
+    decay = weight_decay * delta.norm(dim=-1) / value_norm.square()  # (m,)
+
+    missed = (token_logits.detach().argmax(-1) != labels).float()  # (t,)
+    missed = torch.zeros(count, device=delta.device).index_add(0, token_request, missed)  # (m,)
+    return TargetLoss(
+        likelihood + divergence + decay, likelihood.detach(), divergence.detach(), decay.detach(), missed == 0
+    )

@@ -1,0 +1,65 @@
+"""The closed-form update of one weight (paper, section 3.3, equation 14), as factors.
+
+With G = F^½ K (filtered keys, see `nullspace`) of all edits so far and R the residual of the new ones,
+
+    Δᵀ = F^½ G (Gᵀ G + I)⁻¹ E Rᵀ        E selects the new columns.
+
+For the hard filter F = P/λ this is the published Δ = R K₁ᵀP (K_p K_pᵀ P + K₁ K₁ᵀ P + λ I)⁻¹, because the solution of
+that system lies in the range of P. The push-through identity G (Gᵀ G + I)⁻¹ = (G Gᵀ + I)⁻¹ G gives a system of the
+size of the edits (dual) or of the keys (primal); both have the same solution.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """Δ (h, d) = outputsᵀ · inputs, exactly of rank n at most.
+
+    Attributes:
+        inputs: (n, d) float32, what each edit listens to.
+        outputs: (n, h) float32, what each edit adds: its residual.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+    def dense(self) -> Tensor:
+        """Δ as (h, d) float64."""
+        return self.outputs.double().T @ self.inputs.double()
+
+
+def solve_update(new_keys: Tensor, past_keys: Tensor | None, residual: Tensor, root) -> LowRankUpdate:
+    """Solve for the update that adds `residual` at the new keys and nothing at the past ones.
+
+    Args:
+        new_keys: (n, d) filtered keys F^½ k of this batch.
+        past_keys: (p, d) filtered keys of earlier batches, or None.
+        residual: (n, h) what the weight's output still lacks at each key.
+        root: the function k -> F^½ k on rows, `SpectralFilter.root`.
+
+    Returns:
+        The factors of Δ in float32; the system itself is solved in float64 with `torch.linalg.solve`.
+    """
+    keys = new_keys if past_keys is None else torch.cat([past_keys, new_keys])  # (m, d)
+    count, dimension = keys.shape
+    keys = keys.double()
+    if count <= dimension:  # dual: m x m
+        system = keys @ keys.T  # (m, m)
+        system.diagonal().add_(1.0)
+        selector = torch.zeros(count, len(new_keys), dtype=system.dtype, device=system.device)  # (m, n)
+        selector[count - len(new_keys) :].fill_diagonal_(1.0)
+        inputs = torch.linalg.solve(system, selector).T @ keys  # (n, d)
+    else:  # primal: d x d
+        system = keys.T @ keys  # (d, d)
+        system.diagonal().add_(1.0)
+        inputs = torch.linalg.solve(system, keys[count - len(new_keys) :].T).T  # (n, d)
+    return LowRankUpdate(root(inputs).float(), residual.float())
+
+
+def spread_residual(targets: Tensor, current: Tensor, layers_left: int) -> Tensor:
+    """R = (Z - H) / layers_left, both (n, h): what this layer takes on; the last one takes all that remains."""
+    return (targets - current) / layers_left

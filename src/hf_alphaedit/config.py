@@ -1,0 +1,185 @@
+"""Every setting of the method in one frozen dataclass, with its JSON round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from hf_alphaedit.errors import ConfigError
+
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "alphaedit_config.json"
+FORMAT_VERSION = 1
+
+Projection = Literal["hard", "soft", "soft_inside_hard", "none"]
+ThresholdRule = Literal["energy", "absolute"]
+ForwardDtype = Literal["auto", "model", "float32", "bfloat16"]
+
+
+def setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphaEditConfig:
+    """Settings of one sequence of edits. The defaults are the `recommended` mode; see [`paper`][AlphaEditConfig.paper].
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range; the message names the field and the value.
+    """
+
+    # Where to edit
+    layers: tuple[int, ...] | None = setting(None, "decoder layers to edit; None lets the architecture decide")
+    target_module: str | None = setting(
+        None, "path of the down-projection with {} for the layer, e.g. 'model.layers.{}.mlp.down_proj'; None finds it"
+    )
+
+    # Targets (METHOD: 'value' optimisation of the paper's equation 3)
+    value_steps: int = setting(25, "forward passes of the target search; the last one makes no update")
+    learning_rate: float = setting(0.5, "Adam's learning rate for the target search")
+    clamp_factor: float = setting(0.75, "largest norm of delta, relative to the norm of the vector it is added to")
+    kl_factor: float = setting(0.0625, "weight of the KL term that keeps '<subject> is a' as it was")
+    weight_decay: float = setting(0.5, "weight of ‖delta‖ / ‖value‖² in the loss")
+    stop_loss: float = setting(5e-2, "a request is finished when its loss falls below this")
+    stop_at_argmax: bool = setting(False, "a request is also finished once its target is the argmax in every row")
+    forward_dtype: ForwardDtype = setting(
+        "auto",
+        "dtype of matrix products in the target search; 'auto' takes bfloat16 where the device is faster with it",
+    )
+
+    # Context templates
+    context_templates: tuple[str, ...] | None = setting(
+        None, "fixed contexts with one {} each, beside the bare prompt; None samples them from the model"
+    )
+    context_length: int = setting(10, "tokens of a sampled context, its first word and the BOS token included")
+    context_special_tokens: bool = setting(False, "keep the text of special tokens in sampled contexts, as published")
+
+    # Projection and update
+    projection: Projection = setting("hard", "which filter of the key spectrum protects the model's knowledge")
+    threshold_rule: ThresholdRule = setting("energy", "how the null space of a hard projection is bounded")
+    energy_share: float = setting(0.30, "share of the key energy that lies in the editable null space (rule 'energy')")
+    absolute_threshold: float = setting(2e-2, "largest eigenvalue counted as null space (rule 'absolute')")
+    soft_weight: float = setting(100.0, "weight alpha of the second moment in a soft constraint")
+    l2: float = setting(1.0, "ridge term lambda of the update")
+    use_history: bool = setting(True, "protect the keys of earlier batches")
+
+    # Second moments
+    tokens_per_dimension: int = setting(10, "corpus tokens for each dimension of the key")
+    sequence_length: int = setting(512, "tokens of one packed corpus sequence")
+
+    cache_targets: bool = setting(True, "keep computed targets on disk, keyed by everything they depend on")
+    source: str = setting("defaults", "where these settings come from")
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for item in dataclasses.fields(self):
+            object.__setattr__(self, item.name, _checked(item.name, getattr(self, item.name), hints[item.name]))
+        _require(
+            self.layers is None or len(set(self.layers)) == len(self.layers) > 0, "layers", self.layers, "distinct"
+        )
+        _require(self.layers is None or tuple(sorted(self.layers)) == self.layers, "layers", self.layers, "ascending")
+        _require(self.target_module is None or self.target_module.count("{}") == 1, "target_module",
+                 self.target_module, "a path with exactly one {} for the layer")  # fmt: skip
+        for name in ("value_steps", "context_length", "tokens_per_dimension", "sequence_length"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("learning_rate", "clamp_factor", "l2", "soft_weight", "absolute_threshold"):
+            _require(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "positive and finite")
+        for name in ("kl_factor", "weight_decay", "stop_loss"):
+            _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "zero or more, and finite")
+        _require(0 < self.energy_share < 1, "energy_share", self.energy_share, "between 0 and 1")
+        for template in self.context_templates or ():
+            _require(template.count("{}") == 1, "context_templates", template, "a text with exactly one {}")
+
+    def replace(self, **changes: Any) -> AlphaEditConfig:
+        """A copy with `changes`; unknown names raise [`ConfigError`][hf_alphaedit.errors.ConfigError]."""
+        return type(self).from_dict({**self.to_dict(), **changes}, strict=True)
+
+    def paper(self) -> AlphaEditConfig:
+        """The published procedure, step for step, on this config's layers and learning rate.
+
+        Absolute threshold 2e-2, L2 10, hard projection, all rows in the model's dtype, special tokens kept in the
+        sampled contexts, 100 tokens per dimension. Source: the AlphaEdit paper (ICLR 2025), sections 3 and 4, and its
+        first code release.
+        """
+        return self.replace(
+            projection="hard", threshold_rule="absolute", absolute_threshold=2e-2, l2=10.0, use_history=True,
+            value_steps=max(self.value_steps, 20), clamp_factor=0.75, kl_factor=0.0625, weight_decay=0.5,
+            stop_loss=5e-2, stop_at_argmax=False, forward_dtype="model", context_templates=None, context_length=10,
+            context_special_tokens=True, tokens_per_dimension=100, source=f"paper mode of: {self.source}",
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; tuples become lists."""
+        plain = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, strict: bool = False) -> AlphaEditConfig:
+        """The inverse of `to_dict`.
+
+        Keys this version doesn't know are dropped with a warning when the file was written by a newer format,
+        otherwise (and with `strict=True`) they are refused as typing mistakes.
+        """
+        values = dict(values)
+        version = values.pop("format_version", FORMAT_VERSION)
+        known = {item.name for item in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown and (strict or version <= FORMAT_VERSION):
+            raise ConfigError(f"unknown setting(s) {unknown}; the known ones are {sorted(known)}")
+        if unknown:
+            logger.warning(
+                "settings %s were written by a newer hf_alphaedit and are ignored; upgrade to use them", unknown
+            )
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Write `alphaedit_config.json` into `directory` and return its path."""
+        path = Path(directory) / CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"format_version": FORMAT_VERSION, **self.to_dict()}, indent=2, sort_keys=True)
+        path.write_text(text + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> AlphaEditConfig:
+        """Read a file written by `save_pretrained`, or a directory that holds one."""
+        path = Path(path)
+        path = path / CONFIG_NAME if path.is_dir() else path
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{path} is not valid JSON ({error}); write it with save_pretrained") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds a {type(values).__name__}, not an object of settings")
+        return cls.from_dict(values)
+
+
+def _require(condition: bool, name: str, value: Any, requirement: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}={value!r} must be {requirement}")
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """`value` as `hint` wants it (lists to tuples, int to float), or `ConfigError`."""
+    if get_origin(hint) is Literal:
+        _require(value in get_args(hint), name, value, f"one of {get_args(hint)}")
+        return value
+    options = get_args(hint) if type(None) in get_args(hint) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    wanted = next(option for option in options if option is not type(None))
+    if get_origin(wanted) is tuple:
+        item = get_args(wanted)[0]
+        _require(isinstance(value, (list, tuple)), name, value, f"a sequence of {item.__name__}")
+        return tuple(_checked(name, element, item) for element in value)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    _require(isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)), name, value,
+             f"of type {wanted.__name__}")  # fmt: skip
+    return value

@@ -1,0 +1,54 @@
+"""Context templates: short beginnings that stand before the prompt, so that a key doesn't depend on its position."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_alphaedit.models.hooks import inference_state
+
+
+FIRST_WORDS = ("The", "Therefore", "Because", "I", "You")
+TOP_K = 5
+
+
+def sample_contexts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    keep_special_tokens: bool = False,
+    seed: int = 0,
+) -> tuple[str, ...]:
+    """One continuation of each of five first words, drawn by the model from its five likeliest tokens, plus '. {}'.
+
+    `length` counts all tokens, first word and BOS included, as published. The global random state is as before on
+    return. Source: MEMIT's and AlphaEdit's code (METHOD: no seed there; here the same seed gives the same texts).
+    """
+    settings = GenerationConfig(
+        do_sample=True, top_k=TOP_K, top_p=1.0, temperature=1.0, max_length=length, min_length=length,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    device = model.get_input_embeddings().weight.device
+    device = model.device if device.type == "meta" else device
+    contexts = []
+    devices = [device] if device.type != "cpu" else []
+    with torch.random.fork_rng(devices), torch.no_grad(), inference_state(model):
+        torch.manual_seed(seed)
+        for word in FIRST_WORDS:
+            encoded = tokenizer(word, return_tensors="pt").to(device)
+            token_ids = model.generate(
+                encoded["input_ids"], attention_mask=encoded["attention_mask"], generation_config=settings
+            )
+            text = tokenizer.decode(token_ids[0], skip_special_tokens=not keep_special_tokens)
+            contexts.append(template_of(text))
+    return tuple(contexts)
+
+
+def template_of(text: str) -> str:
+    """`text` as a template that ends in '. {}': normalised (NFKD), without blank lines, braces and end-of-text marks."""
+    text = unicodedata.normalize("NFKD", text).replace("\n\n", " ").replace("<|endoftext|>", "")
+    return text.replace("{", " ").replace("}", " ") + ". {}"

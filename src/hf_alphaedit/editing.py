@@ -1,0 +1,153 @@
+"""One batch of edits, as in section 3 of the paper: targets, then layer by layer keys, residual, update."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from hf_alphaedit.algorithm.nullspace import SpectralFilter
+from hf_alphaedit.algorithm.update import LowRankUpdate, solve_update, spread_residual
+from hf_alphaedit.batches import Batch
+from hf_alphaedit.config import AlphaEditConfig
+from hf_alphaedit.errors import EditingError
+from hf_alphaedit.history import History
+from hf_alphaedit.models.architecture import Architecture
+from hf_alphaedit.models.encoding import EncodedRequest, TokenRow, encode_request
+from hf_alphaedit.models.forward import KeyWalk
+from hf_alphaedit.requests import EditRequest
+from hf_alphaedit.targets import LARGEST_CHUNK, Targets, compute_targets
+
+
+@dataclass
+class Stopwatch:
+    """Seconds spent in each phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measuring(self, phase: str):
+        """Add the time the block takes to `phase`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class EditedBatch:
+    """A batch and what was seen while it was computed.
+
+    Attributes:
+        batch: what goes into the history.
+        targets: result of the target search.
+        missing: (n,) share of each request's residual that the edited model still lacks at the last layer.
+        kept_energy: site -> (n,) share of each key's energy that the filter lets through, ‖Pk‖²/‖k‖² for a projection.
+    """
+
+    batch: Batch
+    targets: Targets
+    missing: Tensor
+    kept_energy: Mapping[str, Tensor]
+
+
+def edit_batch(
+    architecture: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    contexts: Sequence[str],
+    filters: Mapping[str, SpectralFilter],
+    history: History,
+    config: AlphaEditConfig,
+    watch: Stopwatch,
+    compute: Callable[[Sequence[EncodedRequest], int], Targets] | None = None,
+) -> EditedBatch:
+    """Compute one batch and write it to the model, layer after layer in ascending order.
+
+    Later layers see the update of earlier ones. The history is read, not changed: the caller appends the batch, or
+    restores the weights if anything fails.
+
+    Args:
+        filters: site name -> filter of the key spectrum.
+        compute: the target search, (encoded requests, layer) -> targets; None is `compute_targets`.
+
+    Raises:
+        EditingError: a key, target or update is not finite.
+    """
+    layers = config.layers or ()
+    with watch.measuring("encoding"):
+        encoded = [encode_request(tokenizer, request, contexts) for request in requests]
+    with watch.measuring("targets"):
+        if compute is None:
+            targets = compute_targets(architecture, encoded, layers[-1], config)
+        else:
+            targets = compute(encoded, layers[-1])
+        _require_finite(targets.values, "targets", requests)
+
+    walk = BatchWalk(architecture, encoded, layers[-1])
+    keys_of: dict[str, Tensor] = {}
+    updates: dict[str, LowRankUpdate] = {}
+    kept_energy: dict[str, Tensor] = {}
+    for position, layer in enumerate(layers):
+        site = architecture.site(layer)
+        with watch.measuring("keys"):
+            keys, current = walk.advance(layer)  # (n, d), (n, h)
+            _require_finite(keys, f"keys of {site.name}", requests)
+        with watch.measuring("solve"):
+            residual = spread_residual(targets.values.to(current.device), current, len(layers) - position)  # (n, h)
+            spectral_filter = filters[site.name].to(keys.device)
+            filtered = spectral_filter.root(keys)  # (n, d)
+            past = history.past_keys(site.name) if config.use_history else None
+            past = None if past is None else past.to(keys.device)
+            update = solve_update(filtered, past, residual.to(keys.device), spectral_filter.root)
+            _require_finite(update.inputs, f"update of {site.name}", requests)
+            energy = filtered.square().sum(-1) * config.l2 / keys.square().sum(-1)  # (n,)
+        keys_of[site.name], kept_energy[site.name] = filtered.cpu(), energy.cpu()
+        updates[site.name] = LowRankUpdate(update.inputs.cpu(), update.outputs.cpu())
+        with watch.measuring("write"):
+            partial = Batch((), {}, {site.name: updates[site.name]})
+            site.write(history.weight(site.name, [*history.batches, partial], site.device))
+    with watch.measuring("keys"):
+        _, final = walk.advance(layers[-1])
+    lacking = (targets.values - final.cpu()).norm(dim=-1) / (targets.values - targets.initial).norm(dim=-1)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    batch = Batch(tuple(requests), keys_of, updates, config.to_dict(), created)
+    return EditedBatch(batch, targets, lacking, kept_energy)
+
+
+class BatchWalk:
+    """Keys averaged over contexts, and current values on the bare prompt, layer after layer."""
+
+    def __init__(self, architecture: Architecture, requests: Sequence[EncodedRequest], last_layer: int) -> None:
+        self.rows_per_request = len(requests[0].rows)
+        rows: list[TokenRow] = [row for request in requests for row in request.rows]
+        # Chunks hold whole requests and are bounded by tokens; each keeps its own stored hidden states.
+        per_request = self.rows_per_request * max(row.subject + 1 for row in rows)
+        size = max(1, 2 * LARGEST_CHUNK // per_request) * self.rows_per_request
+        self.walks = [KeyWalk(architecture, rows[i : i + size], last_layer) for i in range(0, len(rows), size)]
+
+    def advance(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys k = ½ bare + ½ mean of the other contexts (n, d), and current values (n, h), both float32.
+
+        Source: MEMIT's and AlphaEdit's two groups of contexts, each averaged, then both.
+        """
+        parts = [walk.advance(layer) for walk in self.walks]
+        keys = torch.cat([keys for keys, _ in parts]).float().unflatten(0, (-1, self.rows_per_request))  # (n, rows, d)
+        values = torch.cat([values for _, values in parts]).float()[:: self.rows_per_request]  # (n, h)
+        if self.rows_per_request == 1:
+            return keys[:, 0], values
+        return (keys[:, 0] + keys[:, 1:].mean(1)) / 2, values
+
+
+def _require_finite(values: Tensor, what: str, requests: Sequence[EditRequest]) -> None:
+    finite = torch.isfinite(values).all(-1)  # (n,)
+    if not finite.all():
+        bad = [requests[index].subject for index in (~finite).nonzero()[:, 0].tolist()]
+        raise EditingError(f"the {what} are not finite for {bad}; load the model in float32 or lower learning_rate")

@@ -1,0 +1,1 @@
+"""Everything this package assumes about transformers and accelerate."""

@@ -1,0 +1,130 @@
+"""Where a model can be edited, found from its module tree and config: decoder blocks, down-projections, head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import has_offloaded_params
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_alphaedit.errors import UnsupportedModelError
+from hf_alphaedit.models.weights import EditSite
+
+
+# Leaf names that transformers gives to the second projection of a feed-forward block.
+DOWN_PROJECTION_NAMES = frozenset({"down_proj", "c_proj", "fc_out", "fc2", "dense_4h_to_h", "w2"})
+
+
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """The parts of one model that editing touches.
+
+    Attributes:
+        model: the causal language model.
+        blocks: its decoder blocks, in order.
+        target_module: path of the down-projection with {} for the layer.
+        head: the module that turns the last hidden states into logits.
+        hidden_size: h, width of the residual stream.
+        additive: whether a change of the down-projection's output appears unchanged in the block's output.
+    """
+
+    model: PreTrainedModel
+    blocks: nn.ModuleList
+    target_module: str
+    head: nn.Module
+    hidden_size: int
+    additive: bool = True
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where token ids go: the device of the embedding's weights when it runs."""
+        embedding = self.model.get_input_embeddings()
+        if has_offloaded_params(embedding):
+            return torch.device(embedding._hf_hook.execution_device)
+        return next(embedding.parameters()).device
+
+    def value_module(self, layer: int) -> nn.Module:
+        """The module whose output is `layer`'s value: what the down-projection's output is added to, unchanged.
+
+        That is the block, whose output is the residual stream, or the down-projection itself where a norm or a factor
+        lies between the two.
+        """
+        return self.blocks[layer] if self.additive else self.site(layer).module
+
+    def resume_block(self, layer: int) -> int:
+        """The first block that has to run again when the value of `layer` changes."""
+        return layer + 1 if self.additive else layer
+
+    def site(self, layer: int) -> EditSite:
+        """The weight edited in `layer`.
+
+        Raises:
+            UnsupportedModelError: there is no such layer, or its down-projection is no plain matrix.
+        """
+        if not 0 <= layer < len(self.blocks):
+            raise UnsupportedModelError(
+                f"layer {layer} doesn't exist: {type(self.model).__name__} has layers 0 to {len(self.blocks) - 1}"
+            )
+        name = self.target_module.format(layer)
+        try:
+            module = self.model.get_submodule(name)
+        except AttributeError as error:
+            raise UnsupportedModelError(f"{name} doesn't exist in {type(self.model).__name__}: {error}") from error
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            raise UnsupportedModelError(f"{name} is a {type(module).__name__}; an nn.Linear or Conv1D is needed")
+        return EditSite(name, layer, module)
+
+
+def resolve_architecture(model: PreTrainedModel, target_module: str | None = None) -> Architecture:
+    """Find the editable parts of `model` in seconds, without running it.
+
+    Raises:
+        UnsupportedModelError: with the part that is missing or ambiguous, and what to set instead.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no language-model head; load it as a causal LM")
+    text_config = model.config.get_text_config(decoder=True)
+    block_path, blocks = _decoder_blocks(model, text_config.num_hidden_layers)
+    if target_module is None:
+        target_module = f"{block_path}.{{}}.{_down_projection(blocks, text_config.hidden_size)}"
+    return Architecture(model, blocks, target_module, head, text_config.hidden_size)
+
+
+def _decoder_blocks(model: PreTrainedModel, count: int) -> tuple[str, nn.ModuleList]:
+    decoder = model.get_decoder()
+    for root in (decoder, model):
+        found = [
+            (name, module)
+            for name, module in root.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == count
+        ]
+        if len(found) == 1:
+            blocks = found[0][1]
+            path = next(name for name, module in model.named_modules() if module is blocks)
+            return path, blocks
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has {len(found)} lists of {count} modules; exactly one list of decoder blocks is needed"
+    )
+
+
+def _down_projection(blocks: nn.ModuleList, hidden_size: int) -> str:
+    def candidates(block: nn.Module) -> set[str]:
+        return {
+            name
+            for name, module in block.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D))
+            and name.rsplit(".", 1)[-1] in DOWN_PROJECTION_NAMES
+            and not any(part in name for part in ("attn", "attention", "expert"))
+        }
+
+    common = set.union(*(candidates(block) for block in blocks))
+    if len(common) != 1:
+        raise UnsupportedModelError(
+            f"the down-projection of the {type(blocks[0]).__name__} blocks can't be told: candidates {sorted(common)}; "
+            "set target_module, e.g. 'model.layers.{}.mlp.down_proj'"
+        )
+    return common.pop()

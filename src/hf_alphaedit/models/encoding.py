@@ -1,0 +1,140 @@
+"""Edit requests as token ids, aligned on the subject's last token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from hf_alphaedit.errors import RequestError
+from hf_alphaedit.requests import PLACEHOLDER, EditRequest
+
+
+BARE = PLACEHOLDER
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One row for the model.
+
+    Attributes:
+        token_ids: the whole row.
+        subject: index of the subject's last token.
+        first_prediction: index of the position that predicts the first target token.
+    """
+
+    token_ids: tuple[int, ...]
+    subject: int
+    first_prediction: int
+
+    def until_subject(self) -> TokenRow:
+        """The row cut after the subject's last token: all that a causal model's key depends on."""
+        return TokenRow(self.token_ids[: self.subject + 1], self.subject, self.subject)
+
+
+@dataclass(frozen=True)
+class EncodedRequest:
+    """The rows of one request.
+
+    Attributes:
+        rows: one per context, the bare prompt first, each followed by all target tokens but the last.
+        essence: '<subject> is a' up to the subject's last token; its next-token distribution is to stay as it is.
+        target: token ids of the target.
+    """
+
+    rows: tuple[TokenRow, ...]
+    essence: TokenRow
+    target: tuple[int, ...]
+
+
+def encode_request(
+    tokenizer: PreTrainedTokenizerBase, request: EditRequest, contexts: Sequence[str] = ()
+) -> EncodedRequest:
+    """Encode the bare prompt and one row per context (texts that end in {}).
+
+    Ids are concatenated, never texts: what the model saw as the prompt stays the prompt, whatever characters meet.
+
+    Raises:
+        RequestError: the target has no tokens.
+    """
+    target = tuple(encode_target(tokenizer, request.text, request.target_text))
+    rows = []
+    for context in (BARE, *contexts):
+        prompt_ids, subject = encode_prompt(tokenizer, request.prompt, request.subject, context)
+        rows.append(TokenRow((*prompt_ids, *target[:-1]), subject, len(prompt_ids) - 1))
+    prompt_ids, subject = encode_prompt(tokenizer, "{} is a", request.subject)
+    essence = TokenRow(tuple(prompt_ids), subject, subject).until_subject()
+    return EncodedRequest(tuple(rows), essence, target)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str, context: str = BARE
+) -> tuple[list[int], int]:
+    """Token ids of `context` around `prompt` around `subject`, and the index of the subject's last token.
+
+    That token is the last one whose characters include the subject's last character that isn't white space. Special
+    tokens the tokenizer puts in front are kept; those it puts at the end would come between prompt and target, and
+    are dropped. Placeholders are filled by position, so braces elsewhere are plain text.
+    """
+    context_before, context_after = context.split(PLACEHOLDER)
+    prompt_before, prompt_after = prompt.split(PLACEHOLDER)
+    text = context_before + prompt_before + subject + prompt_after + context_after
+    last_character = len(context_before) + len(prompt_before) + len(subject.rstrip()) - 1
+    token_ids, spans = encode_with_spans(tokenizer, text)
+    holders = [index for index, (start, end) in enumerate(spans) if start <= last_character < end]
+    if not holders:
+        raise RequestError(
+            f"no token holds the last character of the subject {subject!r} in {text!r}; "
+            "the tokenizer drops or replaces it, so write the subject differently"
+        )
+    return token_ids, holders[-1]
+
+
+def encode_with_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids with special tokens, those at the end dropped, and the span of characters of each token.
+
+    Tokenizers without offsets (no fast backend) get spans from the lengths of decoded beginnings.
+    """
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        token_ids, spans = list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
+    else:
+        token_ids = list(tokenizer(text)["input_ids"])
+        spans = _spans_by_decoding(tokenizer, token_ids, text)
+    while token_ids and spans[-1][0] == spans[-1][1]:
+        token_ids.pop(), spans.pop()
+    return token_ids, spans
+
+
+def _spans_by_decoding(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], text: str) -> list[tuple[int, int]]:
+    """Spans from decoding ever longer beginnings; a character whose bytes are split belongs to all its tokens."""
+    spans, start = [], 0
+    for count in range(1, len(token_ids) + 1):
+        beginning = tokenizer.decode(token_ids[:count], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        complete = beginning.rstrip("\N{REPLACEMENT CHARACTER}")
+        offset = len(text) - len(text.lstrip()) if not beginning.startswith(text[:1]) else 0
+        end = min(len(text), len(complete) + offset)
+        unfinished = len(complete) < len(beginning)
+        spans.append((start, end + 1 if unfinished else max(end, start)))
+        start = max(start, end)
+    return spans
+
+
+def encode_target(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> list[int]:
+    """Token ids of `target` as it follows `prompt`.
+
+    Where tokenising both together leaves the prompt's ids as they are, the target's ids are the rest. Otherwise the
+    characters at the joint merge, and the target is tokenised alone, since the model will have seen the prompt alone.
+
+    Raises:
+        RequestError: the target has no tokens.
+    """
+    prompt_ids, _ = encode_with_spans(tokenizer, prompt)
+    joint_ids, _ = encode_with_spans(tokenizer, prompt + target)
+    if joint_ids[: len(prompt_ids)] == prompt_ids and len(joint_ids) > len(prompt_ids):
+        return joint_ids[len(prompt_ids) :]
+    target_ids = list(tokenizer(target, add_special_tokens=False)["input_ids"])
+    if not target_ids:
+        raise RequestError(f"the target {target!r} has no tokens; give the new object as text")
+    return target_ids

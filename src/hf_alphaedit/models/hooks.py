@@ -1,0 +1,143 @@
+"""Hooks and replacements on the user's modules. All are context managers and gone on exit, also after an exception."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class StopForward(Exception):
+    """Ends a forward pass once everything that was wanted has been captured."""
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a decoder block returns: a tensor, or the first element of a tuple or list."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def like_output(hidden: Tensor, output: Any) -> Any:
+    """`hidden` in the form of `output` (see `hidden_of`)."""
+    if isinstance(output, Tensor):
+        return hidden
+    return type(output)([hidden, *output[1:]])
+
+
+@contextmanager
+def on_input(module: nn.Module, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `function` with the module's first positional input; what it returns, if anything, takes its place."""
+
+    def hook(_: nn.Module, arguments: tuple, keywords: dict) -> tuple[tuple, dict] | None:
+        if arguments:
+            changed = function(arguments[0])
+            return None if changed is None else ((changed, *arguments[1:]), keywords)
+        changed = function(keywords["hidden_states"])
+        return None if changed is None else (arguments, {**keywords, "hidden_states": changed})
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def on_output(module: nn.Module, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `function` with the module's (first) output tensor; what it returns, if anything, takes its place."""
+
+    def hook(_: nn.Module, __: tuple, output: Any) -> Any:
+        changed = function(hidden_of(output))
+        return None if changed is None else like_output(changed, output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def replaced_forward(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let each module run another function instead of its `forward`; the old one is back on exit.
+
+    The attribute is put back as it was found: accelerate, too, keeps a `forward` on the instance.
+    """
+    saved = {module: vars(module).get("forward") for module in replacements}
+    try:
+        for module, function in replacements.items():
+            module.forward = function  # ty: ignore[invalid-assignment]
+        yield
+    finally:
+        for module, forward in saved.items():
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = forward  # ty: ignore[invalid-assignment]
+
+
+@contextmanager
+def stop_after(module: nn.Module) -> Iterator[None]:
+    """End the forward pass inside the block once `module` has run. Put only the model's call into the block."""
+
+    def stop(_: Tensor) -> None:
+        raise StopForward
+
+    try:
+        with on_output(module, stop):
+            yield
+    except StopForward:
+        pass
+
+
+@contextmanager
+def inference_state(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradient for any parameter; `training` and `requires_grad` are as before on exit."""
+    training = {module: module.training for module in model.modules()}
+    gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.eval()
+        model.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for parameter, required in gradients.items():
+            parameter.requires_grad_(required)
+
+
+@contextmanager
+def captured_inputs(
+    modules: Mapping[Any, nn.Module], select: Callable[[Tensor], Tensor]
+) -> Iterator[dict[Any, Tensor]]:
+    """Keep `select(input)` of every module that runs inside the block, under the module's key."""
+    captured: dict[Any, Tensor] = {}
+    with ExitStack() as stack:
+        for key, module in modules.items():
+            stack.enter_context(on_input(module, lambda x, key=key: captured.__setitem__(key, select(x.detach()))))
+        yield captured
+
+
+@contextmanager
+def matrix_products_in(modules: list[nn.Module], dtype: torch.dtype | None) -> Iterator[None]:
+    """Run the products of these `nn.Linear` and `Conv1D` modules in `dtype`; inputs and outputs keep their own.
+
+    Everything between the products (norms, attention weights, the residual stream) stays in the model's dtype. A copy
+    of the weights in `dtype` lives as long as the block. `None` changes nothing.
+    """
+    if dtype is None:
+        yield
+        return
+    from transformers.pytorch_utils import Conv1D
+
+    def product(module: nn.Module) -> Callable[[Tensor], Tensor]:
+        weight = module.weight.detach().to(dtype)
+        weight = weight.T.contiguous() if isinstance(module, Conv1D) else weight  # (out, in)
+        bias = None if module.bias is None else module.bias.detach().to(dtype)
+        return lambda x: nn.functional.linear(x.to(dtype), weight, bias).to(x.dtype)
+
+    eligible = [module for module in modules if type(module) in (nn.Linear, Conv1D)]
+    with replaced_forward({module: product(module) for module in eligible}):
+        yield

@@ -1,0 +1,67 @@
+"""Read and write the one weight an edit changes, wherever it lives: resident, offloaded to CPU or disk, any dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import (
+    OffloadedWeightsLoader,
+    PrefixedDataset,
+    align_module_device,
+    has_offloaded_params,
+)
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True, eq=False)
+class EditSite:
+    """One weight that edits are written to.
+
+    Attributes:
+        name: module path in the unedited model, e.g. `model.layers.5.mlp.down_proj`; the key of all saved state.
+        layer: index of the decoder block.
+        module: the `nn.Linear` or `Conv1D` that holds the weight.
+    """
+
+    name: str
+    layer: int
+    module: nn.Module
+
+    @property
+    def stored_transposed(self) -> bool:
+        """Whether the weight is stored as (in, out), as in GPT-2's `Conv1D`, rather than (out, in)."""
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is when its module runs."""
+        if has_offloaded_params(self.module):
+            return torch.device(self.module._hf_hook.execution_device)
+        return self.module.weight.device
+
+    def read(self) -> Tensor:
+        """A copy of the weight as (h, d), on its execution device, in its own dtype."""
+        with torch.no_grad(), align_module_device(self.module):
+            weight = self.module.weight.detach()
+            return (weight.T if self.stored_transposed else weight).clone(memory_format=torch.contiguous_format)
+
+    @torch.no_grad()
+    def write(self, value: Tensor) -> None:
+        """Replace the weight by `value` (h, d), rounded to the weight's dtype, in place.
+
+        In place, because a new `nn.Parameter` would break ties. For an offloaded weight the store that accelerate
+        loads from is what counts: a value set on the module itself is lost at the next forward pass. A file in the
+        user's cache is never written; accelerate's loader prefers its `state_dict` to the file.
+        """
+        value = value.T if self.stored_transposed else value
+        if not has_offloaded_params(self.module):
+            self.module.weight.copy_(value)
+            return
+        store, key = self.module._hf_hook.weights_map, "weight"
+        if isinstance(store, PrefixedDataset):
+            store, key = store.dataset, store.prefix + key
+        if isinstance(store, OffloadedWeightsLoader):
+            store = store.state_dict
+        store[key] = value.to("cpu", self.module.weight.dtype).contiguous()

@@ -1,0 +1,118 @@
+"""Measure requests before and after an edit, and put the report together."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_alphaedit.batches import Batch
+from hf_alphaedit.editing import EditedBatch
+from hf_alphaedit.evaluation.generation import generate
+from hf_alphaedit.evaluation.scoring import score
+from hf_alphaedit.report import EditReport, Outcome, SiteChange
+from hf_alphaedit.requests import EditRequest
+
+
+if TYPE_CHECKING:
+    from hf_alphaedit.editor import AlphaEditor
+
+NEW_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the model makes of one request: its own continuation, and the probabilities of the two targets."""
+
+    text: str
+    p_new: float
+    p_true: float | None
+    argmax: bool
+
+
+def measure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
+) -> list[Measured]:
+    """Continue each prompt greedily and score both targets after it."""
+    texts = generate(model, tokenizer, [request.text for request in requests], max_new_tokens=NEW_TOKENS)
+    pairs = [(request.text, request.target_new) for request in requests]
+    known = [index for index, request in enumerate(requests) if request.target_true]
+    pairs += [(requests[index].text, requests[index].target_true or "") for index in known]
+    scores = score(model, tokenizer, pairs)
+    old = {index: math.exp(scores[len(requests) + place].log_probability) for place, index in enumerate(known)}
+    return [
+        Measured(text, math.exp(scores[index].log_probability), old.get(index), scores[index].exact)
+        for index, text in enumerate(texts)
+    ]
+
+
+def report_of(
+    editor: AlphaEditor,
+    requests: Sequence[EditRequest],
+    before: Sequence[Measured],
+    after: Sequence[Measured],
+    edited: Sequence[EditedBatch],
+    earlier: Sequence[Batch],
+    seconds: Mapping[str, float],
+) -> EditReport:
+    """The report of one `apply_edits` call."""
+    steps = torch.cat([batch.targets.steps for batch in edited]).tolist()
+    missing = torch.cat([batch.missing for batch in edited]).tolist()
+    outcomes = tuple(
+        Outcome(
+            request.text,
+            request.target_new,
+            request.target_true,
+            old.text,
+            new.text,
+            old.p_new,
+            new.p_new,
+            old.p_true,
+            new.p_true,
+            new.argmax,
+            steps[index],
+            missing[index],
+        )  # fmt: skip
+        for index, (request, old, new) in enumerate(zip(requests, before, after, strict=True))
+    )
+    return EditReport(outcomes, tuple(_site_changes(editor, edited, earlier)), dict(seconds), peak_memory())
+
+
+def _site_changes(editor: AlphaEditor, edited: Sequence[EditedBatch], earlier: Sequence[Batch]) -> list[SiteChange]:
+    changes = []
+    moments, filters = editor.second_moments(), editor.filters()
+    for site in editor.sites():
+        name = site.name
+        base = editor.history.base_weights[name].float()  # (h, d)
+        delta = editor.history.delta(name, [batch.batch for batch in edited])  # (h, d)
+        before = editor.history.weight(name, earlier).float()
+        realised = editor.history.weight(name).float() - before
+        moment = moments[name]  # (d, d)
+        kept = torch.cat([batch.kept_energy[name] for batch in edited])
+        changes.append(
+            SiteChange(
+                site=name,
+                relative_norm=float(delta.norm() / base.norm()),
+                rank=sum(len(batch.batch.updates[name].inputs) for batch in edited),
+                corpus_energy=float(((delta @ moment) * delta).sum() / ((base @ moment) * base).sum()),
+                null_rank=filters[name].null_rank,
+                dimension=base.shape[1],
+                kept_energy=float(kept.mean()),
+                rounding=float((realised - delta).norm() / delta.norm()),
+            )
+        )
+    return changes
+
+
+def peak_memory() -> int:
+    """Largest memory use so far, in bytes: allocated on the accelerator if there is one, else resident."""
+    if torch.accelerator.is_available():
+        return int(torch.accelerator.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in kilobytes except on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,120 @@
+"""What the user wants changed: one `EditRequest` for each fact, from any of the shapes people have."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_alphaedit.errors import RequestError
+
+
+PLACEHOLDER = "{}"
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One fact to write.
+
+    Attributes:
+        prompt: text with exactly one `{}` where the subject stands, e.g. `"The mother tongue of {} is"`. Other braces
+            are plain text.
+        subject: what the fact is about.
+        target_new: what the model shall say next.
+        target_true: what it says now, where known; only used to report and to evaluate.
+        relation: name of the relation, where known (CounterFact's `relation_id`); used to find conflicts.
+        case_id: the data set's own number or name of the record.
+
+    Raises:
+        RequestError: no or several `{}`, or an empty field.
+    """
+
+    prompt: str
+    subject: str
+    target_new: str
+    target_true: str | None = None
+    relation: str | None = None
+    case_id: int | str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "subject", "target_new"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise RequestError(f"{name}={value!r} is a {type(value).__name__}; a text is needed")
+            if not value.strip():
+                raise RequestError(f"{name}={value!r} is empty; say what the fact's {name} is")
+        if self.prompt.count(PLACEHOLDER) != 1:
+            raise RequestError(
+                f"prompt={self.prompt!r} holds {self.prompt.count(PLACEHOLDER)} placeholders {{}}; write exactly one, "
+                f"where the subject {self.subject!r} stands"
+            )
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject in place (by position, so that other braces stay as they are)."""
+        before, after = self.prompt.split(PLACEHOLDER)
+        return before + self.subject + after
+
+    @property
+    def target_text(self) -> str:
+        """`target_new` as it continues the prompt: one space is put between them where the script wants one."""
+        return joined_target(self.text, self.target_new)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, without the fields that are None."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def joined_target(prompt: str, target: str) -> str:
+    """`target` with one space before it if it needs one to continue `prompt`.
+
+    None is put where either side already has white space at the joint, or where one of the two characters that meet
+    belongs to a script that is written without spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese).
+    """
+    if not target or target[0].isspace() or not prompt or prompt[-1].isspace():
+        return target
+    if _written_without_spaces(target[0]) or _written_without_spaces(prompt[-1]):
+        return target
+    return " " + target
+
+
+def _written_without_spaces(character: str) -> bool:
+    name = unicodedata.name(character, "")
+    scripts = (
+        "CJK",
+        "HIRAGANA",
+        "KATAKANA",
+        "IDEOGRAPHIC",
+        "FULLWIDTH",
+        "THAI",
+        "LAO",
+        "KHMER",
+        "MYANMAR",
+        "BOPOMOFO",
+    )
+    return name.startswith(scripts)
+
+
+def as_requests(requests: Iterable[EditRequest | Mapping[str, Any]]) -> list[EditRequest]:
+    """Requests in any accepted shape as a list of `EditRequest`.
+
+    Accepted are `EditRequest`, the flat mapping with its field names, CounterFact's nested targets and whole
+    CounterFact, zsRE and KnowEdit records (see `hf_alphaedit.records`).
+
+    Raises:
+        RequestError: the list is empty, or one element can't be used; the message gives its index.
+    """
+    from hf_alphaedit.records import as_record  # here because records builds on EditRequest
+
+    if isinstance(requests, (str, bytes, EditRequest, Mapping)):
+        raise RequestError(f"requests is one {type(requests).__name__}; pass a list of requests")
+    result = []
+    for index, request in enumerate(requests):
+        try:
+            result.append(request if isinstance(request, EditRequest) else as_record(request).request)
+        except RequestError as error:
+            raise RequestError(f"request {index}: {error}") from error
+    if not result:
+        raise RequestError("there are no requests; pass at least one")
+    return result

@@ -1,0 +1,25 @@
+"""What `AlphaEditor.save_pretrained` writes: a plain checkpoint, and beside it what continues and undoes the edits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_alphaedit.processes import Processes
+
+
+if TYPE_CHECKING:
+    from hf_alphaedit.editor import AlphaEditor
+
+
+def save_editor(editor: AlphaEditor, directory: Path, *, include_requests: bool, **save_kwargs: Any) -> None:
+    """Write the model, the tokenizer, `alphaedit_config.json`, `alphaedit_history.safetensors` and the card.
+
+    The history is written last: a directory that holds one is complete.
+    """
+    is_main = Processes.current().is_main
+    editor.model.save_pretrained(directory, **save_kwargs)
+    if is_main:
+        editor.tokenizer.save_pretrained(directory)
+        editor.config.save_pretrained(directory)
+    editor.history.save(directory, include_requests=include_requests, is_main_process=is_main, sites=editor.sites())

@@ -1,0 +1,256 @@
+"""Target values for many requests: the search of `algorithm.optimize` on the forward passes of `models.forward`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from huggingface_hub.utils import tqdm
+from torch import Tensor
+
+from hf_alphaedit.algorithm.objective import TargetLoss, target_loss
+from hf_alphaedit.algorithm.optimize import DeltaSearch, search_delta
+from hf_alphaedit.config import AlphaEditConfig
+from hf_alphaedit.errors import EditingError, UnsupportedModelError
+from hf_alphaedit.models.architecture import Architecture
+from hf_alphaedit.models.encoding import EncodedRequest
+from hf_alphaedit.models.forward import AlignedRows, align_rows, prediction_positions, resume_rows
+from hf_alphaedit.models.hooks import matrix_products_in
+
+
+logger = logging.getLogger(__name__)
+
+# Tokens that run side by side. Large enough for full speed on CPU, small enough for an 8B model's activations.
+LARGEST_CHUNK = 2048
+PADDING_ALLOWED = 1.25
+RESUME_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Result of the target search for n requests, all tensors on the CPU in float32.
+
+    Attributes:
+        values: (n, h) the targets z = initial + delta.
+        initial: (n, h) the values before the edit, at the subject's last token of the bare prompt.
+        steps: (n,) int64, updates made.
+        likelihood: (n,) last negative log-likelihood of the target, in nats per token.
+        argmax: (n,) bool, whether the target was the argmax in every row.
+    """
+
+    values: Tensor
+    initial: Tensor
+    steps: Tensor
+    likelihood: Tensor
+    argmax: Tensor
+
+
+def compute_targets(
+    architecture: Architecture,
+    requests: Sequence[EncodedRequest],
+    layer: int,
+    config: AlphaEditConfig,
+    *,
+    largest_chunk: int = LARGEST_CHUNK,
+) -> Targets:
+    """Search the value at `layer` that makes the model say each target (paper, equation 3).
+
+    Requests of similar length run side by side in chunks of at most `largest_chunk` tokens; a chunk that doesn't fit
+    into memory is halved. The result doesn't depend on the chunks, up to the order of floating-point sums. The model
+    is not changed.
+
+    Raises:
+        EditingError: a loss became NaN or infinite.
+        UnsupportedModelError: the model's output can't be reproduced from stored states.
+    """
+    order = sorted(range(len(requests)), key=lambda index: suffix_length(requests[index]))
+    chunks = chunked(order, requests, largest_chunk)
+    count, hidden_size = len(requests), architecture.hidden_size
+    result = Targets(
+        torch.empty(count, hidden_size), torch.empty(count, hidden_size), torch.empty(count, dtype=torch.int64),
+        torch.empty(count), torch.empty(count, dtype=torch.bool),
+    )  # fmt: skip
+    dtype = product_dtype(architecture, config)
+    first_block = architecture.resume_block(layer)
+    modules = [module for block in architecture.blocks[first_block:] for module in block.modules()]
+    cached = True
+    with (
+        matrix_products_in([*modules, architecture.head], dtype) if dtype else matrix_products_in([], None),
+        tqdm(total=count * config.value_steps, desc="targets", unit="step", name="hf_alphaedit", leave=False) as bar,
+    ):
+        while chunks:
+            chunk = chunks.pop(0)
+            members = [requests[index] for index in chunk]
+            try:
+                search, initial, cached = _search_chunk(architecture, members, layer, config, bar.update, cached)
+            except FloatingPointError as error:
+                raise EditingError(f"{error} (of requests {chunk}); try a lower learning_rate or float32") from error
+            except (RuntimeError, MemoryError) as error:
+                if len(chunk) == 1 or not should_reduce_batch_size(error):
+                    raise
+                logger.warning("%d requests don't fit into memory together; trying half of them", len(chunk))
+                chunks[:0] = [chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :]]
+                continue
+            result.values[chunk], result.initial[chunk] = (initial + search.delta).cpu(), initial.cpu()
+            result.steps[chunk], result.likelihood[chunk] = search.steps.cpu(), search.likelihood.cpu()
+            result.argmax[chunk] = search.argmax.cpu()
+    return result
+
+
+def _search_chunk(
+    architecture: Architecture,
+    requests: Sequence[EncodedRequest],
+    layer: int,
+    config: AlphaEditConfig,
+    on_steps: Callable[[int], object],
+    cached: bool,
+) -> tuple[DeltaSearch, Tensor, bool]:
+    rows = [row for request in requests for row in (*request.rows, request.essence)]
+    row_request = torch.tensor([i for i, request in enumerate(requests) for _ in range(len(request.rows) + 1)])
+    aligned, values, reference = align_rows(architecture, rows, layer, cached=cached)
+    if cached and not _resumes(architecture, aligned, rows, layer, reference):
+        return _search_chunk(architecture, requests, layer, config, on_steps, cached=False)
+    if not cached and not _resumes(architecture, aligned, rows, layer, reference):
+        raise UnsupportedModelError(
+            f"{type(architecture.model).__name__} gives other logits when its blocks from "
+            f"{architecture.resume_block(layer)} on run from stored hidden states; its blocks depend on more than that"
+        )
+    del reference
+    bare = torch.tensor([i for i, row in enumerate(rows) if row is requests[row_request[i]].rows[0]])
+    initial = values[bare.to(values.device)].float()  # (n, h)
+    norm = initial.norm(dim=-1)  # (n,)
+    loss_of = _Loss(architecture, aligned, requests, rows, row_request, layer, norm, config)
+    counted = [len(requests)]
+
+    def on_step(step: int, active: int) -> None:
+        # Steps that finished requests don't need count as done.
+        on_steps(active + (counted[0] - active) * (config.value_steps - step))
+        counted[0] = active
+
+    search = search_delta(
+        loss_of, norm, architecture.hidden_size, steps=config.value_steps, learning_rate=config.learning_rate,
+        clamp_factor=config.clamp_factor, stop_loss=config.stop_loss, stop_at_argmax=config.stop_at_argmax,
+        on_step=on_step,
+    )  # fmt: skip
+    return search, initial, cached
+
+
+class _Loss:
+    """The loss of some requests as a function of delta; rows of finished requests are dropped as they finish."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        aligned: AlignedRows,
+        requests: Sequence[EncodedRequest],
+        rows: Sequence,
+        row_request: Tensor,
+        layer: int,
+        norm: Tensor,
+        config: AlphaEditConfig,
+    ) -> None:
+        self.architecture, self.layer, self.norm, self.config = architecture, layer, norm, config
+        self.requests, self.rows, self.row_request, self.aligned = requests, list(rows), row_request, aligned
+        self.reference: Tensor | None = None
+        self._index(torch.arange(len(requests)))
+
+    def _index(self, active: Tensor) -> None:
+        """Positions, labels and weights for the rows that are left; `active` are the requests' original indices."""
+        self.active, device = active, self.norm.device
+        local = {int(original): index for index, original in enumerate(active)}
+        labels, token_request, token_weight, is_essence = [], [], [], []
+        for row, original in zip(self.rows, self.row_request.tolist(), strict=True):
+            request = self.requests[original]
+            essence = row is request.essence
+            count = 1 if essence else len(request.target)
+            labels += [0] if essence else request.target
+            token_request += [local[original]] * count
+            token_weight += [1 / (len(request.rows) * count)] * count
+            is_essence += [essence] * count
+        essence = torch.tensor(is_essence, device=device)
+        self.positions = prediction_positions(self.rows, self.aligned.subject)
+        self.token_positions, self.essence_positions = (~essence).nonzero()[:, 0], essence.nonzero()[:, 0]
+        self.labels = torch.tensor(labels, device=device)[self.token_positions]
+        self.token_request = torch.tensor(token_request, device=device)[self.token_positions]
+        self.token_weight = torch.tensor(token_weight, device=device)[self.token_positions]
+        self.local_request = torch.tensor([local[original] for original in self.row_request.tolist()], device=device)
+
+    def __call__(self, delta: Tensor, active: Tensor) -> TargetLoss:
+        if len(active) < len(self.active):
+            kept = torch.isin(self.row_request, active.cpu())
+            self.rows = [row for row, keep in zip(self.rows, kept.tolist(), strict=True) if keep]
+            self.row_request, self.aligned = self.row_request[kept], self.aligned.select(kept.nonzero()[:, 0])
+            self._index(active.cpu())
+        logits = resume_rows(self.architecture, self.aligned, self.layer, delta[self.local_request], self.positions)
+        logits = logits.to(delta.device)  # (p, vocabulary)
+        subject_logits = logits[self.essence_positions]  # (m, vocabulary)
+        if self.reference is None:
+            self.reference = subject_logits.detach().float().log_softmax(-1)
+        return target_loss(
+            logits[self.token_positions], self.labels, self.token_request, self.token_weight, subject_logits,
+            self.reference[active], delta, self.norm[active], self.config.kl_factor, self.config.weight_decay,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def _resumes(architecture: Architecture, aligned: AlignedRows, rows: Sequence, layer: int, reference: Tensor) -> bool:
+    """Whether passes from stored states give the logits of the whole pass, to rounding."""
+    nothing = torch.zeros(len(rows), architecture.hidden_size, device=aligned.subject.device)
+    try:
+        logits = resume_rows(architecture, aligned, layer, nothing, prediction_positions(rows, aligned.subject))
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+        if should_reduce_batch_size(error):
+            raise
+        logger.info("stored attention states can't be used with this model (%s); rows run whole", error)
+        return False
+    error = (logits.float() - reference.float()).norm() / reference.float().norm()
+    return bool(error < RESUME_TOLERANCE.get(reference.dtype, 5e-2))
+
+
+def suffix_length(request: EncodedRequest) -> int:
+    """Tokens from the subject's last one on, the longest row's."""
+    return max(len(row.token_ids) - row.subject for row in request.rows)
+
+
+def chunked(order: Sequence[int], requests: Sequence[EncodedRequest], largest_chunk: int) -> list[list[int]]:
+    """`order` (ascending suffix length) cut where a chunk is full or would be padded too much."""
+    chunks: list[list[int]] = []
+    for index in order:
+        length, rows = suffix_length(requests[index]), len(requests[index].rows) + 1
+        full = not chunks or (len(chunks[-1]) + 1) * rows * length > largest_chunk
+        if full or length > PADDING_ALLOWED * suffix_length(requests[chunks[-1][0]]):
+            chunks.append([])
+        chunks[-1].append(index)
+    return chunks
+
+
+def product_dtype(architecture: Architecture, config: AlphaEditConfig) -> torch.dtype | None:
+    """The dtype for matrix products in the target search; None leaves the model's own.
+
+    'auto' is bfloat16 for a float32 model on a device that multiplies bfloat16 matrices in hardware.
+    """
+    if config.forward_dtype == "model":
+        return None
+    if config.forward_dtype != "auto":
+        return getattr(torch, config.forward_dtype)
+    weight = architecture.site(0).module.weight
+    if weight.dtype != torch.float32:
+        return None
+    return torch.bfloat16 if multiplies_bfloat16(architecture.input_device) else None
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether `device` has matrix units for bfloat16."""
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return bool(capabilities.get("amx_tile") or capabilities.get("avx512_bf16"))
+    return device.type in ("cuda", "xpu") and torch.get_device_module(device).is_bf16_supported()
+
+
+def threads() -> int:
+    """Worker threads torch uses; part of what decides the order of sums."""
+    return torch.get_num_threads() or os.cpu_count() or 1
