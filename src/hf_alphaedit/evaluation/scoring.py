@@ -99,12 +99,14 @@ def score_tokens(
     A row is a prompt with its target but for the last token, which is never an input. Rows that begin another row are
     read off that one: attention is causal. So two one-token targets of one prompt cost a single row.
     """
+    if not pairs:
+        return []
     inputs = [(*prompt, *target[:-1]) for prompt, target in pairs]
     rows, row_of = shared_rows(inputs)
     members: list[list[int]] = [[] for _ in rows]
     for index, row in enumerate(row_of):
         members[row].append(index)
-    most = max((sum(len(pairs[index][1]) for index in row) for row in members), default=0)
+    most = max((sum(len(pairs[index][1]) for index in row) for row in members)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     scores: list[Score | None] = [None] * len(pairs)
     with torch.no_grad(), inference_state(model), tqdm(total=len(rows), desc="Scoring", name="hf_alphaedit") as bar:
