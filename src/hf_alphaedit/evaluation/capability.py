@@ -63,8 +63,8 @@ def run_lm_eval(
         wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         output = simple_evaluate(
             model=wrapped, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager,
-            log_samples=False, bootstrap_iters=BOOTSTRAP_ITERATIONS, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
-            fewshot_random_seed=seed,
+            log_samples=False, bootstrap_iters=BOOTSTRAP_ITERATIONS, random_seed=seed, numpy_random_seed=seed,
+            torch_random_seed=seed, fewshot_random_seed=seed,
         )  # fmt: skip
     return {
         f"{task}/{metric}": result

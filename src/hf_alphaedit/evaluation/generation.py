@@ -51,19 +51,19 @@ def generate(
     Raises:
         RequestError: a prompt is empty or too long for the model's positions, or there is no chat template.
     """
+    if not prompts:
+        return []
     texts = [as_chat(tokenizer, prompt) for prompt in prompts] if chat else list(prompts)
-    rows = []
+    rows, limits = [], []
     for text in texts:
         # a chat template writes its special tokens into the text
         ids = tokenizer(text, add_special_tokens=False)["input_ids"] if chat else encode_with_spans(tokenizer, text)[0]
         if not ids:
             raise RequestError(f"the prompt {text!r} has no token; give it some text")
-        check_length(model, len(ids) + max_new_tokens, text)
         rows.append(list(ids))
-    limits = [max_new_tokens if max_tokens is None else min(max_new_tokens, max_tokens - len(row)) for row in rows]
-    draws = (
-        torch.stack([_draws(seed, index, max_new_tokens) for index in range(len(rows))]) if rows else torch.empty(0)
-    )
+        limits.append(max_new_tokens if max_tokens is None else min(max_new_tokens, max_tokens - len(ids)))
+        check_length(model, len(ids) + limits[-1], text)
+    draws = torch.stack([_draws(seed, index, max_new_tokens) for index in range(len(rows))])  # (prompts, new)
     ends = end_tokens(model, tokenizer)
     result = [""] * len(rows)
     with torch.no_grad(), inference_state(model), tqdm(total=len(rows), desc="Generating", name="hf_alphaedit") as bar:
@@ -120,7 +120,7 @@ def _continue(
     new: list[list[int]] = [[] for _ in rows]
     open_rows = {index for index, limit in enumerate(limits) if limit > 0}
     cache, fresh = None, ids.shape[1]  # how many of the last columns the model hasn't seen
-    for step in range(max(limits, default=0)):
+    for step in range(max(limits)):
         if not open_rows:
             break
         positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -fresh:]  # learned positions would be silently wrong

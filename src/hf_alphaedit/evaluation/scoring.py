@@ -106,7 +106,7 @@ def score_tokens(
     members: list[list[int]] = [[] for _ in rows]
     for index, row in enumerate(row_of):
         members[row].append(index)
-    most = max((sum(len(pairs[index][1]) for index in row) for row in members)
+    most = max(sum(len(pairs[index][1]) for index in row) for row in members)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     scores: list[Score | None] = [None] * len(pairs)
     with torch.no_grad(), inference_state(model), tqdm(total=len(rows), desc="Scoring", name="hf_alphaedit") as bar:
