@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import torch
@@ -81,45 +81,60 @@ def edit_batch(
     Raises:
         EditingError: a key, target or update is not finite.
     """
-    layers = config.layers or ()
     with watch.measuring("encoding"):
         encoded = [encode_request(tokenizer, request, contexts) for request in requests]
-    with watch.measuring("targets"):
-        if compute is None:
-            targets = compute_targets(architecture, encoded, layers[-1], config)
-        else:
-            targets = compute(encoded, layers[-1])
-        _require_finite(targets.values, "targets", requests)
-
-    walk = BatchWalk(architecture, encoded, layers[-1])
     keys_of: dict[str, Tensor] = {}
     updates: dict[str, LowRankUpdate] = {}
     kept_energy: dict[str, Tensor] = {}
-    for position, layer in enumerate(layers):
-        site = architecture.site(layer)
-        with watch.measuring("keys"):
-            keys, current = walk.advance(layer)  # (n, d), (n, h)
-            _require_finite(keys, f"keys of {site.name}", requests)
-        with watch.measuring("solve"):
-            residual = spread_residual(targets.values.to(current.device), current, len(layers) - position)  # (n, h)
-            spectral_filter = filters[site.name].to(keys.device)
-            filtered = spectral_filter.root(keys)  # (n, d)
-            past = history.past_keys(site.name) if config.use_history else None
-            past = None if past is None else past.to(keys.device)
-            update = solve_update(filtered, past, residual.to(keys.device), spectral_filter.root)
-            _require_finite(update.inputs, f"update of {site.name}", requests)
-            energy = filtered.square().sum(-1) * config.l2 / keys.square().sum(-1)  # (n,)
-        keys_of[site.name], kept_energy[site.name] = filtered.cpu(), energy.cpu()
-        updates[site.name] = LowRankUpdate(update.inputs.cpu(), update.outputs.cpu())
-        with watch.measuring("write"):
-            partial = Batch((), {}, {site.name: updates[site.name]})
-            site.write(history.weight(site.name, [*history.batches, partial], site.device))
+    steps = torch.zeros(len(requests), dtype=torch.int64)
+    for layers in layer_groups(architecture, config.layers or ()):
+        with watch.measuring("targets"):
+            if compute is None:
+                targets = compute_targets(architecture, encoded, layers[-1], config)
+            else:
+                targets = compute(encoded, layers[-1])
+            _require_finite(targets.values, "targets", requests)
+            steps += targets.steps
+        walk = BatchWalk(architecture, encoded, layers[-1])
+        for position, layer in enumerate(layers):
+            site = architecture.site(layer)
+            with watch.measuring("keys"):
+                keys, current = walk.advance(layer)  # (n, d), (n, h)
+                _require_finite(keys, f"keys of {site.name}", requests)
+            with watch.measuring("solve"):
+                residual = spread_residual(targets.values.to(current.device), current, len(layers) - position)
+                residual = residual / architecture.scale  # (n, h)
+                spectral_filter = filters[site.name].to(keys.device)
+                filtered = spectral_filter.root(keys)  # (n, d)
+                past = history.past_keys(site.name) if config.use_history else None
+                past = None if past is None else past.to(keys.device)
+                update = solve_update(filtered, past, residual.to(keys.device), spectral_filter.root)
+                _require_finite(update.inputs, f"update of {site.name}", requests)
+                energy = filtered.square().sum(-1) * config.l2 / keys.square().sum(-1)  # (n,)
+            keys_of[site.name], kept_energy[site.name] = filtered.cpu(), energy.cpu()
+            updates[site.name] = LowRankUpdate(update.inputs.cpu(), update.outputs.cpu())
+            with watch.measuring("write"):
+                partial = Batch((), {}, {site.name: updates[site.name]})
+                site.write(history.weight(site.name, [*history.batches, partial], site.device))
     with watch.measuring("keys"):
         _, final = walk.advance(layers[-1])
-    lacking = (targets.values - final.cpu()).norm(dim=-1) / (targets.values - targets.initial).norm(dim=-1)
+    wanted = (targets.values - targets.initial).norm(dim=-1)  # (n,), zero where nothing was left to do
+    lacking = (targets.values - final.cpu()).norm(dim=-1) / wanted.clamp_min(torch.finfo(wanted.dtype).tiny)
+    lacking = torch.where(wanted > 0, lacking, 0.0)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     batch = Batch(tuple(requests), keys_of, updates, config.to_dict(), created)
-    return EditedBatch(batch, targets, lacking, kept_energy)
+    return EditedBatch(batch, replace(targets, steps=steps), lacking, kept_energy)
+
+
+def layer_groups(architecture: Architecture, layers: Sequence[int]) -> list[Sequence[int]]:
+    """The layers that share one target each.
+
+    Where a down-projection adds to the residual stream, one target at the last layer is spread over all layers, as
+    published. Where a norm comes in between, what one layer lacks can't be made up by another: each layer in turn has
+    its own target at its down-projection's output, found with the layers below already edited, and takes what they
+    left undone.
+    """
+    return [layers] if architecture.additive else [(layer,) for layer in layers]
 
 
 class BatchWalk:

@@ -73,7 +73,7 @@ class AlphaEditor:
         """
         self.model, self.tokenizer = model, tokenizer
         self.config = config_for(model, config)
-        self.architecture = resolve_architecture(model, self.config.target_module)
+        self.architecture = resolve_architecture(model, self.config.target_module, self.config.layers)
         self._moments: SecondMoments | None = None
         self._filters: dict[str, SpectralFilter] | None = None
         sites = self.sites()
@@ -138,7 +138,7 @@ class AlphaEditor:
     def reconfigure(self, config: AlphaEditConfig) -> None:
         """Go on with other settings; filters are built again when they are needed."""
         if config != self.config:
-            self.architecture = resolve_architecture(self.model, config.target_module)
+            self.architecture = resolve_architecture(self.model, config.target_module, config.layers)
             self.config, self._filters = config, None
 
     def prepare(

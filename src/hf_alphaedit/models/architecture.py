@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from accelerate.utils import has_offloaded_params
@@ -11,11 +13,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_alphaedit.errors import UnsupportedModelError
+from hf_alphaedit.models.probe import Additivity, probe_additivity
 from hf_alphaedit.models.weights import EditSite
 
 
 # Leaf names that transformers gives to the second projection of a feed-forward block.
 DOWN_PROJECTION_NAMES = frozenset({"down_proj", "c_proj", "fc_out", "fc2", "dense_4h_to_h", "w2"})
+SAME_SCALE = 2e-2  # factors closer than this are one factor, seen through a low-precision dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +32,9 @@ class Architecture:
         target_module: path of the down-projection with {} for the layer.
         head: the module that turns the last hidden states into logits.
         hidden_size: h, width of the residual stream.
-        additive: whether a change of the down-projection's output appears unchanged in the block's output.
+        additive: whether a change of the down-projection's output appears in the block's output, times `scale`.
+        scale: the factor between the two (a residual multiplier; 1 in most families).
+        probed: layer -> what the probe saw there.
     """
 
     model: PreTrainedModel
@@ -37,6 +43,8 @@ class Architecture:
     head: nn.Module
     hidden_size: int
     additive: bool = True
+    scale: float = 1.0
+    probed: Mapping[int, Additivity] = field(default_factory=dict)
 
     @property
     def input_device(self) -> torch.device:
@@ -47,10 +55,10 @@ class Architecture:
         return next(embedding.parameters()).device
 
     def value_module(self, layer: int) -> nn.Module:
-        """The module whose output is `layer`'s value: what the down-projection's output is added to, unchanged.
+        """The module whose output is `layer`'s value: what the down-projection's output is added to.
 
-        That is the block, whose output is the residual stream, or the down-projection itself where a norm or a factor
-        lies between the two.
+        That is the block, whose output is the residual stream, or the down-projection itself where a norm lies between
+        the two.
         """
         return self.blocks[layer] if self.additive else self.site(layer).module
 
@@ -78,8 +86,14 @@ class Architecture:
         return EditSite(name, layer, module)
 
 
-def resolve_architecture(model: PreTrainedModel, target_module: str | None = None) -> Architecture:
-    """Find the editable parts of `model` in seconds, without running it.
+def resolve_architecture(
+    model: PreTrainedModel, target_module: str | None = None, layers: Sequence[int] | None = None
+) -> Architecture:
+    """Find the editable parts of `model` within seconds, and run one short forward pass to see how they add up.
+
+    Args:
+        target_module: path of the down-projection with {} for the layer; None finds it.
+        layers: the layers to probe, those that will be edited; None takes the middle one.
 
     Raises:
         UnsupportedModelError: with the part that is missing or ambiguous, and what to set instead.
@@ -90,8 +104,21 @@ def resolve_architecture(model: PreTrainedModel, target_module: str | None = Non
     text_config = model.config.get_text_config(decoder=True)
     block_path, blocks = _decoder_blocks(model, text_config.num_hidden_layers)
     if target_module is None:
-        target_module = f"{block_path}.{{}}.{_down_projection(blocks, text_config.hidden_size)}"
-    return Architecture(model, blocks, target_module, head, text_config.hidden_size)
+        target_module = f"{block_path}.{{}}.{_down_projection(blocks)}"
+    architecture = Architecture(model, blocks, target_module, head, text_config.hidden_size)
+    layers = [len(blocks) // 2] if layers is None else layers
+    return replace(architecture, **_additivity(architecture, layers))
+
+
+def _additivity(architecture: Architecture, layers: Sequence[int]) -> dict[str, Any]:
+    """What the probe says about all of `layers` together: fields of `Architecture`."""
+    probed = probe_additivity(architecture, layers)
+    scales = [found.scale for found in probed.values()]
+    middle = sum(scales) / len(scales)
+    alike = max(scales) - min(scales) < SAME_SCALE * abs(middle)
+    if not all(found.additive for found in probed.values()) or not alike:
+        return {"probed": probed, "additive": False}
+    return {"probed": probed, "scale": 1.0 if abs(middle - 1) < SAME_SCALE else middle}
 
 
 def _decoder_blocks(model: PreTrainedModel, count: int) -> tuple[str, nn.ModuleList]:
@@ -111,7 +138,7 @@ def _decoder_blocks(model: PreTrainedModel, count: int) -> tuple[str, nn.ModuleL
     )
 
 
-def _down_projection(blocks: nn.ModuleList, hidden_size: int) -> str:
+def _down_projection(blocks: nn.ModuleList) -> str:
     def candidates(block: nn.Module) -> set[str]:
         return {
             name

@@ -1,0 +1,115 @@
+"""What a block does with its down-projection's output, found by running it: structure alone doesn't tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_alphaedit.errors import UnsupportedModelError
+from hf_alphaedit.models.hooks import inference_state, on_input, on_output, stop_after
+
+
+if TYPE_CHECKING:
+    from hf_alphaedit.models.architecture import Architecture
+
+LENGTH, FIRST_TOKEN = 8, 100  # the probing text: ids that are ordinary tokens in every vocabulary of some size
+# Largest share of a change that may be rounding. A norm in between leaves a share of one half and more.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+LOW_PRECISION_TOLERANCE = 5e-2
+
+
+@dataclass(frozen=True)
+class Additivity:
+    """How a change δ of a down-projection's output shows in its block's output.
+
+    Attributes:
+        scale: the c for which c δ comes closest to the change of the block's output.
+        error: ‖change - c δ‖ / ‖change‖.
+        additive: whether that error is rounding; then the block adds c times the output to the residual stream.
+    """
+
+    scale: float
+    error: float
+    additive: bool
+
+
+@torch.no_grad()
+def probe_additivity(architecture: Architecture, layers: Sequence[int]) -> dict[int, Additivity]:
+    """Change the output of each layer's down-projection and compare what its block makes of it.
+
+    One forward pass up to the last of these layers: row 0 of the batch is left alone, row i + 1 is changed in layer
+    `layers[i]`. The model and the random state are as before.
+
+    Raises:
+        UnsupportedModelError: a down-projection doesn't run when its block does, or the blocks' outputs are no hidden
+            states of shape (batch, positions, hidden size).
+    """
+    model, rows = architecture.model, len(layers) + 1
+    vocabulary = model.get_input_embeddings().num_embeddings
+    token_ids = ((torch.arange(LENGTH) + FIRST_TOKEN) % vocabulary).expand(rows, -1)  # (B, T)
+    token_ids = token_ids.contiguous().to(architecture.input_device)
+    generator = torch.Generator().manual_seed(0)
+    entered: dict[int, Tensor] = {}
+    added: dict[int, Tensor] = {}
+    changes: dict[int, Tensor] = {}
+    shapes: dict[int, torch.Size] = {}
+
+    def add(output: Tensor, row: int, layer: int) -> Tensor:
+        by_row = output.reshape(rows, LENGTH, -1).clone()  # some families flatten (B, T, h) around the feed-forward
+        direction = torch.randn(by_row.shape[-1], generator=generator).to(output.device)
+        # As large as the residual stream, so that rounding there doesn't hide it.
+        size = torch.maximum(entered[layer].to(output.device), by_row[row, -1].float().norm())
+        delta = (direction / direction.norm() * size).to(output.dtype)
+        before = by_row[row, -1].clone()
+        by_row[row, -1] += delta
+        added[layer] = (by_row[row, -1].float() - before.float()).cpu()
+        return by_row.view_as(output)
+
+    def compare(output: Tensor, row: int, layer: int) -> None:
+        shapes[layer] = output.shape
+        if output.dim() == 3:
+            changes[layer] = (output[row, -1].float() - output[0, -1].float()).cpu()
+
+    with ExitStack() as stack:
+        stack.enter_context(inference_state(model))
+        for row, layer in enumerate(layers, start=1):
+            block, module = architecture.blocks[layer], architecture.site(layer).module
+            keep_norm = _keep_norm(entered, layer)
+            stack.enter_context(on_input(block, keep_norm))
+            stack.enter_context(on_output(module, lambda out, row=row, layer=layer: add(out, row, layer)))
+            stack.enter_context(on_output(block, lambda out, row=row, layer=layer: compare(out, row, layer)))
+        with stop_after(architecture.blocks[layers[-1]]):
+            model(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), use_cache=False)
+
+    found = {}
+    for layer in layers:
+        name = architecture.site(layer).name
+        if layer not in added:
+            raise UnsupportedModelError(
+                f"{name} doesn't run when block {layer} of {type(model).__name__} does (it is fused, skipped or one of "
+                "several experts), so an edit of it might have no effect; set target_module to a module that runs"
+            )
+        if layer not in changes:
+            raise UnsupportedModelError(
+                f"block {layer} of {type(model).__name__} returns a tensor of shape {tuple(shapes.get(layer, ()))}; "
+                "hidden states (batch, positions, hidden size) are needed"
+            )
+        delta, change = added[layer], changes[layer]
+        scale = float(change @ delta / (delta @ delta))
+        error = float((change - scale * delta).norm() / change.norm().clamp_min(1e-30))
+        dtype = architecture.site(layer).module.weight.dtype
+        additive = error < TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE)
+        found[layer] = Additivity(scale, error, additive)
+    return found
+
+
+def _keep_norm(entered: dict[int, Tensor], layer: int):
+    def keep(hidden: Tensor) -> None:
+        entered[layer] = hidden[0, -1].detach().float().norm()
+
+    return keep
