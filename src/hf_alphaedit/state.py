@@ -20,24 +20,22 @@ from hf_alphaedit.models.fingerprint import memory_of
 
 
 FORMAT_VERSION = 1
+METADATA_KEY = "hf_alphaedit"
 
 
 def write_state(path: Path, kind: str, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write `document` (JSON types) and `tensors` into the safetensors file `path`, atomically.
 
     The file appears under its name only when it is complete; what stood there before stays until then. The JSON lies
-    in the safetensors metadata, with a SHA-256 over it and every tensor, so that any damaged byte is noticed.
+    in the safetensors metadata, with a SHA-256 over it and every tensor, so that any damaged byte is noticed. The same
+    content gives the same bytes.
     """
-    text = json.dumps(document, sort_keys=True, ensure_ascii=False, allow_nan=False)
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    metadata = {
-        "kind": kind,
-        "format_version": str(FORMAT_VERSION),
-        "document": text,
-        "sha256": _checksum(kind, text, tensors),
-    }
+    entry = {"kind": kind, "format_version": FORMAT_VERSION, "document": document}
+    entry["sha256"] = _checksum(entry, tensors)
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        # One entry, because safetensors writes several in random order.
+        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(entry, sort_keys=True)})
 
 
 def write_text(path: Path, text: str) -> None:
@@ -78,37 +76,33 @@ def read_state(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]
             metadata = file.metadata() or {}
             # Clones, because safetensors maps the file, and the file may be replaced while the tensors live.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise StateError(f"{path} can't be read as safetensors ({error}); it is damaged or cut short") from error
-    if metadata.get("kind") != kind:
-        raise StateError(f"{path} holds {metadata.get('kind', 'nothing of hf_alphaedit')!r}, not {kind!r}")
-    version = metadata.get("format_version", "")
-    if not version.isdecimal() or not 1 <= int(version) <= FORMAT_VERSION:
+        entry = json.loads(metadata.get(METADATA_KEY, "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
         raise StateError(
-            f"{path} has format version {version!r}; this hf_alphaedit reads 1 to {FORMAT_VERSION}: upgrade it"
-        )
-    text = metadata.get("document", "")
-    if metadata.get("sha256") != _checksum(kind, text, tensors):
+            f"{path} can't be read ({error}); it is damaged or cut short: fetch or save it again"
+        ) from error
+    if entry_of(entry, "kind", str, path) != kind:
+        raise StateError(f"{path} holds {entry['kind']!r}, not {kind!r}; give the file that its name says")
+    version = entry_of(entry, "format_version", int, path)
+    if not 1 <= version <= FORMAT_VERSION:
+        raise StateError(f"{path} has format {version}; this hf_alphaedit reads 1 to {FORMAT_VERSION}: upgrade it")
+    if entry_of(entry, "sha256", str, path) != _checksum(entry, tensors):
         raise StateError(f"{path} is damaged: its content doesn't match its SHA-256; fetch or save it again")
-    try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise StateError(f"{path} holds no valid JSON document ({error}); save it again") from error
-    if not isinstance(document, dict):
-        raise StateError(f"{path} holds a {type(document).__name__} instead of an object; save it again")
-    return document, tensors
+    return entry_of(entry, "document", dict, path), tensors
 
 
 def entry_of(entry: Mapping[str, Any], name: str, kind: type | tuple[type, ...], where: Path | str) -> Any:
     """`entry[name]`, or `StateError` if it is missing or of another type."""
-    if name not in entry or not isinstance(entry[name], kind):
-        raise StateError(f"{where}: {name}={entry.get(name, 'missing')!r} is not as save_pretrained writes it")
+    if not isinstance(entry, Mapping) or name not in entry or not isinstance(entry[name], kind):
+        value = repr(entry[name]) if isinstance(entry, Mapping) and name in entry else "missing"
+        raise StateError(f"{where}: {name} is {value}, which is not what hf_alphaedit writes; save it again")
     return entry[name]
 
 
-def _checksum(kind: str, text: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(f"{kind}\n{FORMAT_VERSION}\n{text}\n".encode())
+def _checksum(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    signed = {name: value for name, value in entry.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(signed, sort_keys=True).encode())
     for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())
+        digest.update(f"\n{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())
         digest.update(memory_of(tensors[name]))
     return digest.hexdigest()
