@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_alphaedit.errors import StatisticsError
 from hf_alphaedit.models.hooks import inference_state
+from hf_alphaedit.models.weights import input_device
 
 
 logger = logging.getLogger(__name__)
@@ -193,6 +194,12 @@ def _tokenised(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
             yield next(encoded) if isinstance(document, str) else document
 
 
+def within_context(model: PreTrainedModel, length: int) -> int:
+    """`length`, or the longest sequence that the model takes if that is less."""
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return min(length, context) if context and context > 0 else length
+
+
 def leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that the tokenizer puts before every text, usually BOS or nothing."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -213,7 +220,7 @@ def sample_self_corpus(
     length: int = SAMPLE_LENGTH,
     batch_size: int = SAMPLES_PER_BATCH,
 ) -> Iterator[list[int]]:
-    """Sample documents of `length` tokens from the model, at least `num_tokens` tokens in all.
+    """Sample documents of at most `length` tokens from the model, at least `num_tokens` tokens in all.
 
     Temperature 1 from a random first token, without filters and past end-of-text tokens: the model's own distribution.
     The random numbers are the function's own; the global state and the user's generation settings aren't touched.
@@ -222,7 +229,8 @@ def sample_self_corpus(
     prefix = leading_special_tokens(tokenizer)
     special = set(tokenizer.all_special_ids)
     vocabulary = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), input_device(model)
+    length = within_context(model, len(prefix) + length) - len(prefix)
     count = -(-num_tokens // length)
     with (
         inference_state(model),
@@ -237,8 +245,8 @@ def sample_self_corpus(
             cache = None
             for _ in range(length - 1):
                 outputs = model(
-                    input_ids=tokens.to(model.device) if cache is None else tokens[:, -1:].to(model.device),
-                    attention_mask=torch.ones_like(tokens).to(model.device),
+                    input_ids=tokens.to(device) if cache is None else tokens[:, -1:].to(device),
+                    attention_mask=torch.ones_like(tokens).to(device),
                     past_key_values=cache,
                     use_cache=True,
                 )

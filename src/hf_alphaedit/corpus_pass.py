@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from hf_alphaedit.algorithm.moments import SecondMoment
 from hf_alphaedit.errors import StatisticsError
 from hf_alphaedit.models.hooks import captured_inputs, inference_state, matrix_products_in, stop_after
-from hf_alphaedit.models.weights import EditSite
+from hf_alphaedit.models.weights import EditSite, input_device
 from hf_alphaedit.processes import Processes
 from hf_alphaedit.statistics_files import Description, read_moments, write_moments
 
@@ -121,7 +121,8 @@ class CorpusPass:
         return None
 
     def _keys(self, batch: range) -> dict[str, Tensor]:
-        token_ids = torch.stack([self.sequences[index] for index in batch]).long().to(self.model.device)  # (B, T)
+        token_ids = torch.stack([self.sequences[index] for index in batch]).long()  # (B, T)
+        token_ids = token_ids.to(input_device(self.model))
         with ExitStack() as stack:
             modules = {site.name: site.module for site in self.sites}
             # Some architectures flatten (B, T, d) to (B T, d) around their feed-forward block.

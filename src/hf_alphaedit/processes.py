@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
+import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import get_cpu_distributed_information, parse_flag_from_env, reduce
 from torch import Tensor
 
 
@@ -27,9 +27,11 @@ class Processes:
     @classmethod
     def current(cls) -> Processes:
         """Join the processes of this launch; accelerate is set up only if it already was, or a launcher wants it."""
-        if not PartialState._shared_state and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if not PartialState._shared_state and get_cpu_distributed_information().world_size == 1:
             return cls()
-        state = PartialState()
+        # accelerate takes several processes on CPU for one unless it is told that the CPU is meant.
+        on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+        state = PartialState(cpu=on_cpu)
         return cls() if state.num_processes == 1 else cls(state.process_index, state.num_processes, state)
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_alphaedit.algorithm.moments import SecondMoment
-from hf_alphaedit.corpus import Document, leading_special_tokens, pack
+from hf_alphaedit.corpus import Document, leading_special_tokens, pack, within_context
 from hf_alphaedit.corpus_pass import CorpusPass, Halves
 from hf_alphaedit.errors import StatisticsError
 from hf_alphaedit.models.weights import EditSite
@@ -106,7 +106,7 @@ def collect_second_moments(
     """
     began = time.monotonic()
     processes = Processes.current()
-    length = _within_context(model, sequence_length)
+    length = within_context(model, sequence_length)
     common: Description = {
         "format_version": FORMAT_VERSION,
         "base": base_fingerprint,
@@ -157,11 +157,6 @@ def collect_second_moments(
         seconds=time.monotonic() - began,
         from_cache=not missing,
     )
-
-
-def _within_context(model: PreTrainedModel, sequence_length: int) -> int:
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return min(sequence_length, context) if context and context > 0 else sequence_length
 
 
 def _read_cached(files: dict[str, Path], descriptions: dict[str, Description]) -> dict[str, Halves]:

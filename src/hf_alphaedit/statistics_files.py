@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy
 import torch
@@ -91,9 +92,10 @@ def read_legacy_moment(path: str | Path, dimension: int | None = None) -> Second
             `dimension`).
     """
     try:
-        with numpy.load(path, allow_pickle=False) as file:
-            total, count = file["mom2.mom2"], int(file["mom2.count"])
-    except (OSError, KeyError, ValueError, EOFError) as error:
+        # opened here, since numpy leaves a damaged file open
+        with Path(path).open("rb") as opened, numpy.load(opened, allow_pickle=False) as arrays:
+            total, count = arrays["mom2.mom2"], int(arrays["mom2.count"])
+    except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
         raise StatisticsError(f"{path} can't be read as second moments of MEMIT or AlphaEdit ({error})") from error
     wanted = (dimension or total.shape[-1],) * 2
     if total.shape != wanted:

@@ -12,7 +12,16 @@ from accelerate.utils import (
     has_offloaded_params,
 )
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go: the device of the input embeddings when they run."""
+    embeddings = model.get_input_embeddings()
+    if has_offloaded_params(embeddings):
+        return torch.device(embeddings._hf_hook.execution_device)
+    return next(embeddings.parameters()).device
 
 
 @dataclass(frozen=True, eq=False)
