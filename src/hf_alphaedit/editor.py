@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from huggingface_hub.utils import tqdm
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,21 +16,25 @@ from hf_alphaedit.algorithm.nullspace import SpectralFilter
 from hf_alphaedit.batches import Batch
 from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.contexts import sample_contexts
-from hf_alphaedit.corpus import Corpus, open_corpus
-from hf_alphaedit.editing import EditedBatch, Stopwatch, edit_batch
-from hf_alphaedit.filters import build_filters
+from hf_alphaedit.filters import build_filters, collect_moments
 from hf_alphaedit.history import HISTORY_NAME, History
 from hf_alphaedit.models.architecture import resolve_architecture
 from hf_alphaedit.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from hf_alphaedit.models.hooks import inference_state
 from hf_alphaedit.models.weights import EditSite
-from hf_alphaedit.outcomes import measure, report_of
 from hf_alphaedit.presets import config_for
-from hf_alphaedit.report import EditReport
 from hf_alphaedit.repository import commit_of, local_copy
-from hf_alphaedit.requests import EditRequest, as_requests
-from hf_alphaedit.statistics import SecondMoments, collect_second_moments, default_cache_directory
+from hf_alphaedit.statistics import SecondMoments, default_cache_directory
+from hf_alphaedit.undo import undo
 
+
+if TYPE_CHECKING:
+    from hf_alphaedit.corpus import Corpus
+    from hf_alphaedit.gate import Gate
+    from hf_alphaedit.preflight_report import PreflightReport
+    from hf_alphaedit.records import Record
+    from hf_alphaedit.report import EditReport
+    from hf_alphaedit.requests import EditRequest
 
 logger = logging.getLogger(__name__)
 
@@ -155,17 +158,8 @@ class AlphaEditor:
         Raises:
             StatisticsError: the corpus is empty or can't be read, or the keys are not finite.
         """
-        sites = self.sites()
-        dimension = max(site.read().shape[1] for site in sites)
-        num_tokens = num_tokens or self.config.tokens_per_dimension * dimension
-        with self._unedited(), inference_state(self.model):
-            documents, name = open_corpus(corpus, self.model, self.tokenizer, num_tokens=num_tokens)
-            self._moments = collect_second_moments(
-                self.model, self.tokenizer, sites, documents, num_tokens=num_tokens,
-                sequence_length=self.config.sequence_length, base_fingerprint=self.history.base_fingerprint,
-                tokenizer_fingerprint=self.history.tokenizer_fingerprint, corpus_name=name,
-                cache_directory=self.second_moment_directory, force=force,
-            )  # fmt: skip
+        with self.unedited(), inference_state(self.model):
+            self._moments = collect_moments(self, corpus, num_tokens=num_tokens, force=force)
         self._filters = None
         return self._moments
 
@@ -179,61 +173,61 @@ class AlphaEditor:
         """Site name -> E[k kᵀ] (d, d) float32 of the unedited model; collects them if that hasn't been done."""
         return (self._moments or self.prepare()).moments
 
+    @property
+    def has_filters(self) -> bool:
+        """Whether the filters are built, so that `filters()` costs nothing."""
+        return self._filters is not None
+
+    def preflight(
+        self, requests: Iterable[Record | EditRequest | Mapping[str, Any]], **options: Any
+    ) -> PreflightReport:
+        """Look for problems without changing anything; see `hf_alphaedit.preflight.preflight` for the options."""
+        from hf_alphaedit.preflight import preflight
+
+        return preflight(self, requests, **options)
+
     def apply_edits(
         self,
-        requests: Iterable[EditRequest | Mapping[str, Any]],
+        requests: Iterable[Record | EditRequest | Mapping[str, Any]],
         *,
         batch_size: int | None = None,
         seed: int = 0,
+        preflight: bool = True,
+        gate: Gate | None = None,
+        retry: int = 0,
+        drop_failed: bool = False,
     ) -> EditReport:
         """Write the requested facts into the model, all or nothing.
 
         Args:
-            requests: `EditRequest`s, or mappings in any of the shapes `as_requests` takes.
+            requests: `EditRequest`s, or records or mappings in any of the shapes `as_record` takes.
             batch_size: requests per solve; None takes all at once. Batches follow one another as separate calls would.
             seed: decides the sampled context templates, if this is the first call.
+            preflight: look for problems first: errors raise before any work, warnings are in the report.
+            gate: what has to be reached; if it isn't, nothing is kept.
+            retry: how often requests that aren't predicted token by token after their batch are tried again, each time
+                with twice the steps and a tenth of the loss to stop at.
+            drop_failed: leave out what still isn't predicted then; the report lists it.
 
         Returns:
             Before and after for every request, the change of every weight, and the time and memory it took.
 
         Raises:
             RequestError: a request can't be used; nothing has been done.
+            ConfigError: an option is out of range, or the gate asks for what the requests can't tell.
             EditingError: the computation failed; weights, hooks, flags and random state are as before.
+            GateError: the gate wasn't passed; everything is as before, and the report is in the error.
         """
-        wanted = as_requests(requests)
-        size = batch_size or len(wanted)
-        watch = Stopwatch()
-        with watch.measuring("projector"):
-            filters = self.filters()
-        before_batches = list(self.history.batches)
-        edited: list[EditedBatch] = []
-        with self._all_or_nothing(), inference_state(self.model):
-            with watch.measuring("report"):
-                before = measure(self.model, self.tokenizer, wanted)
-            if self.history.contexts is None:
-                with watch.measuring("contexts"):
-                    self.history.contexts = self._contexts(seed)
-            starts = range(0, len(wanted), size)
-            for start in tqdm(starts, desc="batches", name="hf_alphaedit", disable=len(starts) == 1):
-                batch = edit_batch(
-                    self.architecture, self.tokenizer, wanted[start : start + size], self.history.contexts, filters,
-                    self.history, self.config, watch,
-                )  # fmt: skip
-                self.history.batches.append(batch.batch)
-                edited.append(batch)
-            with watch.measuring("report"):
-                after = measure(self.model, self.tokenizer, wanted)
-                return report_of(self, wanted, before, after, edited, before_batches, watch.seconds)
+        from hf_alphaedit.applying import apply_edits
+
+        return apply_edits(
+            self, requests, batch_size=batch_size, seed=seed, preflight=preflight, gate=gate, retry=retry,
+            drop_failed=drop_failed,
+        )  # fmt: skip
 
     def undo(self, batches: int = 1) -> None:
-        """Take back the last `batches` batches; the weights are, bit for bit, what they were before them.
-
-        Raises:
-            ValueError: there are fewer batches than that.
-        """
-        if not 1 <= batches <= len(self.history.batches):
-            raise ValueError(f"batches={batches} can't be undone: there are {len(self.history.batches)}")
-        self.write_batches(self.history.batches[: len(self.history.batches) - batches])
+        """Take back the last batches, bit for bit; see `hf_alphaedit.undo` for this and for taking out one edit."""
+        undo(self, batches)
 
     def undo_all(self) -> None:
         """Take back every edit: the edited weights are those of the base model."""
@@ -241,9 +235,9 @@ class AlphaEditor:
 
     def write_batches(self, batches: Sequence[Batch]) -> None:
         """Make `batches` the history and give every site the weight that follows from it; all or nothing."""
-        with self._all_or_nothing():
+        with self.all_or_nothing():
             self.history.batches[:] = batches
-            self._write_weights()
+            self.write_weights()
 
     def save_pretrained(
         self, save_directory: str | Path, *, include_requests: bool = True, **save_kwargs: Any
@@ -259,45 +253,48 @@ class AlphaEditor:
         save_editor(self, Path(save_directory), include_requests=include_requests, **save_kwargs)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what `save_pretrained` writes; see `hf_alphaedit.hub.push_to_hub` for the options. Returns the URL."""
+        """Upload what `save_pretrained` writes; returns the URL. Options: see `hf_alphaedit.hub.push_to_hub`."""
         from hf_alphaedit.hub import push_to_hub
 
         return push_to_hub(self, repo_id, **options)
 
-    def _contexts(self, seed: int) -> tuple[str, ...]:
-        if self.config.context_templates is not None:
-            return self.config.context_templates
-        return sample_contexts(
-            self.model, self.tokenizer, length=self.config.context_length,
-            keep_special_tokens=self.config.context_special_tokens, seed=seed,
-        )  # fmt: skip
+    def remember_contexts(self, seed: int = 0) -> None:
+        """Fix the context templates of all batches, if they aren't yet: those of the settings, or sampled ones."""
+        if self.history.contexts is None:
+            self.history.contexts = self.config.context_templates or sample_contexts(
+                self.model, self.tokenizer, length=self.config.context_length,
+                keep_special_tokens=self.config.context_special_tokens, seed=seed,
+            )  # fmt: skip
 
-    def _write_weights(self) -> None:
+    def write_weights(self) -> None:
+        """Give every site the weight that follows from the history."""
         for site in self.sites():
             if site.name in self.history.base_weights:
                 site.write(self.history.weight(site.name, device=site.device))
 
     @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
+    def all_or_nothing(self) -> Iterator[None]:
         """Put weights and history back as they were if the block fails, whatever the reason."""
-        batches, contexts = list(self.history.batches), self.history.contexts
-        self.history.remember_base(self.sites())
+        history = self.history
+        batches, contexts, known = list(history.batches), history.contexts, set(history.base_weights)
+        history.remember_base(self.sites())
         try:
             yield
         except BaseException:
-            self.history.batches[:], self.history.contexts = batches, contexts
-            self._write_weights()
+            history.batches[:], history.contexts = batches, contexts
+            self.write_weights()
+            for name in set(history.base_weights) - known:
+                del history.base_weights[name]
             raise
 
     @contextmanager
-    def _unedited(self) -> Iterator[None]:
+    def unedited(self) -> Iterator[None]:
         """The base model's weights inside the block; the edited ones again on exit."""
-        if not self.history.batches:
-            yield
-            return
         batches = list(self.history.batches)
         try:
-            self.write_batches([])
+            if batches:
+                self.write_batches([])
             yield
         finally:
-            self.write_batches(batches)
+            if batches:
+                self.write_batches(batches)

@@ -84,6 +84,28 @@ def as_record(source: Record | EditRequest | Mapping[str, Any]) -> Record:
     return _from_flat(source)
 
 
+def as_requests(requests: Iterable[EditRequest | Mapping[str, Any]]) -> list[EditRequest]:
+    """Requests in any accepted shape as a list of `EditRequest`.
+
+    Accepted are `EditRequest`, the flat mapping with its field names, CounterFact's nested targets and whole
+    CounterFact, zsRE and KnowEdit records (see `as_record`).
+
+    Raises:
+        RequestError: the list is empty, or one element can't be used; the message gives its index.
+    """
+    if isinstance(requests, (str, bytes, EditRequest, Mapping)):
+        raise RequestError(f"requests is one {type(requests).__name__}; pass a list of requests")
+    result = []
+    for index, request in enumerate(requests):
+        try:
+            result.append(request if isinstance(request, EditRequest) else as_record(request).request)
+        except RequestError as error:
+            raise RequestError(f"request {index}: {error}") from error
+    if not result:
+        raise RequestError("there are no requests; pass at least one")
+    return result
+
+
 def word_positions(text: str, word: str) -> list[int]:
     """Where `word` stands in `text` as a whole word: not as a part of a longer one, in scripts that separate words."""
     positions, start = [], text.find(word)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,27 +93,3 @@ def _written_without_spaces(character: str) -> bool:
         "BOPOMOFO",
     )
     return name.startswith(scripts)
-
-
-def as_requests(requests: Iterable[EditRequest | Mapping[str, Any]]) -> list[EditRequest]:
-    """Requests in any accepted shape as a list of `EditRequest`.
-
-    Accepted are `EditRequest`, the flat mapping with its field names, CounterFact's nested targets and whole
-    CounterFact, zsRE and KnowEdit records (see `hf_alphaedit.records`).
-
-    Raises:
-        RequestError: the list is empty, or one element can't be used; the message gives its index.
-    """
-    from hf_alphaedit.records import as_record  # here because records builds on EditRequest
-
-    if isinstance(requests, (str, bytes, EditRequest, Mapping)):
-        raise RequestError(f"requests is one {type(requests).__name__}; pass a list of requests")
-    result = []
-    for index, request in enumerate(requests):
-        try:
-            result.append(request if isinstance(request, EditRequest) else as_record(request).request)
-        except RequestError as error:
-            raise RequestError(f"request {index}: {error}") from error
-    if not result:
-        raise RequestError("there are no requests; pass at least one")
-    return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -248,9 +247,6 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return bool(capabilities.get("amx_tile") or capabilities.get("avx512_bf16"))
-    return device.type in ("cuda", "xpu") and torch.get_device_module(device).is_bf16_supported()
+    supports = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    return supports is not None and bool(supports())
 
-
-def threads() -> int:
-    """Worker threads torch uses; part of what decides the order of sums."""
-    return torch.get_num_threads() or os.cpu_count() or 1
