@@ -29,6 +29,8 @@ def test_the_weight_is_the_base_plus_the_sum_of_products_rounded_once(name: str,
         magnitude = base.double().abs()  # of everything that is summed: bounds the error of any order
         for batch in editor.history.batches:
             for given, listened in zip(batch.updates[site.name].outputs, batch.updates[site.name].inputs, strict=True):
+                if dtype == torch.bfloat16:
+                    given, listened = given.to(dtype), listened.to(dtype)
                 total += torch.outer(given.double(), listened.double())
                 magnitude += torch.outer(given.double(), listened.double()).abs()
         wide = base.double() + total

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_alphaedit import __version__
 from hf_alphaedit.algorithm.update import LowRankUpdate
-from hf_alphaedit.batches import Batch, decode_batches, delta_in_chunks, encode_batches, shape_of, updates_at
+from hf_alphaedit.batches import Batch, applied_updates, decode_batches, delta_in_chunks, encode_batches, shape_of
 from hf_alphaedit.errors import StateError
 from hf_alphaedit.models.fingerprint import weight_digest
 from hf_alphaedit.requests import EditRequest
@@ -96,7 +96,7 @@ class History:
 
     def factors(self, site_name: str, batches: Sequence[Batch] | None = None) -> LowRankUpdate | None:
         """The factors of all `batches` (default: of the history) at one site, one after another; None if untouched."""
-        updates = updates_at(site_name, self.batches if batches is None else batches)
+        updates = self._updates(site_name, batches)
         if not updates:
             return None
         return LowRankUpdate(torch.cat([u.inputs for u in updates]), torch.cat([u.outputs for u in updates]))
@@ -290,5 +290,9 @@ class History:
     def _chunks(
         self, site_name: str, batches: Sequence[Batch] | None, device: torch.device
     ) -> Iterator[tuple[slice, Tensor]]:
-        updates = updates_at(site_name, self.batches if batches is None else batches)
-        return delta_in_chunks(updates, self._base(site_name).shape, device)
+        return delta_in_chunks(self._updates(site_name, batches), self._base(site_name).shape, device)
+
+    def _updates(self, site_name: str, batches: Sequence[Batch] | None) -> list[LowRankUpdate]:
+        base = self.base_weights.get(site_name)
+        dtype = torch.float32 if base is None else base.dtype
+        return applied_updates(site_name, self.batches if batches is None else batches, dtype)

@@ -72,8 +72,8 @@ def save_edits(
 ) -> PackReport:
     """Write the edits, without the model, to `alphaedit_edits.safetensors` in `directory`, atomically.
 
-    The factors are float32, or bfloat16 for a bfloat16 model: applied to the stock base the pack gives the edited
-    weights bit for bit in float32, and to within one rounding in bfloat16. Where the summed deltas would be smaller
+    The factors are float32, or bfloat16 for a bfloat16 model: applied to the stock base on the same kind of machine,
+    the pack gives the edited weights bit for bit. Where the summed deltas would be smaller
     than the factors (many edits), these are written instead, as one batch.
 
     Args:
