@@ -30,4 +30,12 @@ class EditingError(AlphaEditError):
 
 
 class GateError(AlphaEditError):
-    """An edit was made, measured, found wanting, and rolled back."""
+    """An edit was made, measured, found wanting, and rolled back.
+
+    Attributes:
+        report: what was measured, an `EditReport`.
+    """
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report

@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from hf_alphaedit.algorithm.nullspace import SpectralFilter, Spectrum, hard_filter, ridge_filter, soft_filter
 from hf_alphaedit.config import AlphaEditConfig
+from hf_alphaedit.corpus import Corpus, open_corpus
+from hf_alphaedit.statistics import SecondMoments, collect_second_moments
 
+
+if TYPE_CHECKING:
+    from hf_alphaedit.editor import AlphaEditor
 
 logger = logging.getLogger(__name__)
+
+
+def collect_moments(
+    editor: AlphaEditor, corpus: Corpus | None, *, num_tokens: int | None = None, force: bool = False
+) -> SecondMoments:
+    """The second moments of all the editor's sites; its weights must be the unedited ones. See its `prepare`."""
+    sites, config, history = editor.sites(), editor.config, editor.history
+    dimension = max(site.read().shape[1] for site in sites)
+    num_tokens = num_tokens or config.tokens_per_dimension * dimension
+    documents, name = open_corpus(corpus, editor.model, editor.tokenizer, num_tokens=num_tokens)
+    return collect_second_moments(
+        editor.model, editor.tokenizer, sites, documents, num_tokens=num_tokens,
+        sequence_length=config.sequence_length, base_fingerprint=history.base_fingerprint,
+        tokenizer_fingerprint=history.tokenizer_fingerprint, corpus_name=name,
+        cache_directory=editor.second_moment_directory, force=force,
+    )  # fmt: skip
 
 
 def null_rank_of(spectrum: Spectrum, config: AlphaEditConfig) -> int:
@@ -22,21 +44,25 @@ def null_rank_of(spectrum: Spectrum, config: AlphaEditConfig) -> int:
     return spectrum.null_rank_by_threshold(config.absolute_threshold)
 
 
-def build_filters(moments: Mapping[str, Tensor], config: AlphaEditConfig) -> dict[str, SpectralFilter]:
-    """Site name -> filter. Warns where a hard threshold leaves next to nothing, or protects next to nothing."""
+def build_filters(moments: Mapping[str, Tensor | Spectrum], config: AlphaEditConfig) -> dict[str, SpectralFilter]:
+    """Site name -> filter, from second moments (d, d) or their spectra.
+
+    Warns where a hard threshold leaves next to nothing, or protects next to nothing.
+    """
     filters = {}
     for name, moment in tqdm(moments.items(), desc="projector", unit="layer", name="hf_alphaedit", leave=False):
+        dimension = len(moment.eigenvalues if isinstance(moment, Spectrum) else moment)
         if config.projection == "none":
-            filters[name] = ridge_filter(len(moment), config.l2)
+            filters[name] = ridge_filter(dimension, config.l2)
             continue
-        spectrum = Spectrum.of(moment)
+        spectrum = moment if isinstance(moment, Spectrum) else Spectrum.of(moment)
         null_rank = null_rank_of(spectrum, config)
         if config.projection == "soft":
             filters[name] = soft_filter(spectrum, config.soft_weight, config.l2)
             continue
-        if not 0.01 < null_rank / len(moment) < 0.99:
+        if not 0.01 < null_rank / dimension < 0.99:
             logger.warning(
-                "%s: %d of %d directions count as null space; %s", name, null_rank, len(moment),
+                "%s: %d of %d directions count as null space; %s", name, null_rank, dimension,
                 "edits will hardly show, raise the threshold" if null_rank < len(moment) / 2
                 else "next to nothing is protected, lower the threshold",
             )  # fmt: skip

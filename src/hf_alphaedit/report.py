@@ -76,7 +76,8 @@ class EditReport:
         seconds: time per phase.
         peak_memory: largest resident memory of the process (CPU) or allocated memory (other devices), in bytes.
         warnings: what the preflight check found.
-        evaluation: result of the gate's evaluation, if one was asked for.
+        evaluation: result of the gate's evaluation, if one was asked for: metric -> value, low, high, count.
+        dropped: requests that were left out because they weren't predicted, with what the model says before and after.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -85,6 +86,7 @@ class EditReport:
     peak_memory: int
     warnings: tuple[str, ...] = ()
     evaluation: Mapping[str, Any] | None = None
+    dropped: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def success_rate(self) -> float:
@@ -122,6 +124,9 @@ class EditReport:
             )  # fmt: skip
         times = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self.seconds.items())
         lines = [as_text(table), as_text(sites), f"{times}; peak memory {self.peak_memory / 2**30:.2f} GiB"]
+        for name, found in (self.evaluation or {}).items():
+            lines.append(f"{name}: {found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]")
+        lines += [f"dropped: {one['prompt']} ({one['subject']}) -> {one['target_new']}" for one in self.dropped]
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 

@@ -159,7 +159,7 @@ def _replay_without(editor: AlphaEditor, number: int, row: int) -> None:
         for batch in remaining:
             if batch is not None:
                 editor.reconfigure(AlphaEditConfig.from_dict(dict(batch.settings)))
-                editor.apply_edits(batch.requests)
+                editor.apply_edits(batch.requests, preflight=False)
     except BaseException:
         editor.write_batches(before)
         raise
