@@ -246,7 +246,11 @@ def test_a_replay_that_fails_leaves_everything_as_it_was(editor: AlphaEditor, mo
     editor.apply_edits(REQUESTS[2:])
     before, batches = weights_of(editor), list(editor.history.batches)
     apply = editor.apply_edits
-    monkeypatch.setattr(editor, "apply_edits", lambda requests: _fail() if len(requests) == 2 else apply(requests))
+    monkeypatch.setattr(
+        editor,
+        "apply_edits",
+        lambda requests, **options: _fail() if len(requests) == 2 else apply(requests, **options),
+    )
 
     def _fail() -> None:
         raise EditingError("not finite")
