@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from hf_alphaedit.errors import RequestError
-from hf_alphaedit.records import Record, as_record, read_records, word_positions
-from hf_alphaedit.requests import EditRequest, as_requests
+from hf_alphaedit.records import Record, as_record, as_requests, read_records, word_positions
+from hf_alphaedit.requests import EditRequest
 
 
 FLAT = {"prompt": "The mother tongue of {} is", "subject": "Danielle Darrieux", "target_new": "English"}

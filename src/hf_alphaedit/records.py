@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_alphaedit.errors import RequestError
 from hf_alphaedit.record_files import read_file
-from hf_alphaedit.requests import PLACEHOLDER, EditRequest, _written_without_spaces
+from hf_alphaedit.requests import PLACEHOLDER, EditRequest, written_without_spaces
 
 
 # (prompt, the answers that count as right)
@@ -120,7 +120,7 @@ def word_positions(text: str, word: str) -> list[int]:
 def _joined(left: str, right: str) -> bool:
     """Whether two characters that meet (or nothing, at the text's ends) belong to one word."""
     return (
-        left.isalnum() and right.isalnum() and not _written_without_spaces(left) and not _written_without_spaces(right)
+        left.isalnum() and right.isalnum() and not written_without_spaces(left) and not written_without_spaces(right)
     )
 
 

@@ -73,12 +73,13 @@ def joined_target(prompt: str, target: str) -> str:
     """
     if not target or target[0].isspace() or not prompt or prompt[-1].isspace():
         return target
-    if _written_without_spaces(target[0]) or _written_without_spaces(prompt[-1]):
+    if written_without_spaces(target[0]) or written_without_spaces(prompt[-1]):
         return target
     return " " + target
 
 
-def _written_without_spaces(character: str) -> bool:
+def written_without_spaces(character: str) -> bool:
+    """Whether the character's script puts no spaces between words: Chinese, Japanese, Thai, Lao, Khmer, Burmese."""
     name = unicodedata.name(character, "")
     scripts = (
         "CJK",

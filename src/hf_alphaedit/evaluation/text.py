@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hf_alphaedit.records import word_positions
-from hf_alphaedit.requests import _written_without_spaces
+from hf_alphaedit.requests import written_without_spaces
 
 
 # A text is called degenerate only from this many words on; shorter ones (an answer in a chat) say too little.
@@ -27,7 +27,7 @@ def words(text: str) -> list[str]:
     result: list[str] = []
     inside = False
     for character in text:
-        plain = character.isalnum() and not _written_without_spaces(character)
+        plain = character.isalnum() and not written_without_spaces(character)
         if plain and inside:
             result[-1] += character
         elif not character.isspace():
@@ -137,7 +137,7 @@ class TfIdf:
         return [
             word
             for word in words(text.lower())
-            if word[0].isalnum() and (len(word) > 1 or _written_without_spaces(word))
+            if word[0].isalnum() and (len(word) > 1 or written_without_spaces(word))
         ]
 
 

@@ -96,14 +96,15 @@ def encode_with_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[li
 
     Tokenizers without offsets (no fast backend) get spans from the lengths of decoded beginnings.
     """
+    encoded = tokenizer(text, return_special_tokens_mask=True, return_offsets_mapping=tokenizer.is_fast)
+    token_ids, special = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
     if tokenizer.is_fast:
-        encoded = tokenizer(text, return_offsets_mapping=True)
-        token_ids, spans = list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
+        spans = [tuple(span) for span in encoded["offset_mapping"]]
     else:
-        token_ids = list(tokenizer(text)["input_ids"])
         spans = _spans_by_decoding(tokenizer, token_ids, text)
-    while token_ids and spans[-1][0] == spans[-1][1]:
-        token_ids.pop(), spans.pop()
+    # An empty span alone doesn't tell: byte-level tokenizers may give one to a token of white space.
+    while token_ids and special[-1] and spans[-1][0] == spans[-1][1]:
+        token_ids.pop(), special.pop(), spans.pop()
     return token_ids, spans
 
 
