@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_alphaedit.card import write_card
 from hf_alphaedit.processes import Processes
 
 
@@ -22,4 +23,5 @@ def save_editor(editor: AlphaEditor, directory: Path, *, include_requests: bool,
     if is_main:
         editor.tokenizer.save_pretrained(directory)
         editor.config.save_pretrained(directory)
+        write_card(editor, directory, include_requests=include_requests)
     editor.history.save(directory, include_requests=include_requests, is_main_process=is_main, sites=editor.sites())
