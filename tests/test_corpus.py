@@ -13,8 +13,9 @@ from tiny import BEGIN, tiny_model, tiny_tokenizer, training_text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_alphaedit import corpus as corpus_module
-from hf_alphaedit.corpus import leading_special_tokens, open_corpus, pack, sample_self_corpus, texts_of
+from hf_alphaedit.corpus import open_corpus, sample_self_corpus, texts_of
 from hf_alphaedit.errors import StatisticsError
+from hf_alphaedit.packing import leading_special_tokens, pack
 
 
 # Sources

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_alphaedit import AlphaEditConfig, AlphaEditor
-from hf_alphaedit.corpus import pack
 from hf_alphaedit.models.architecture import resolve_architecture
 from hf_alphaedit.models.encoding import encode_request
 from hf_alphaedit.models.hooks import inference_state
+from hf_alphaedit.packing import pack
 from hf_alphaedit.requests import EditRequest
 from hf_alphaedit.targets import compute_targets
 

@@ -19,10 +19,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_alphaedit.algorithm.nullspace import Spectrum
-from hf_alphaedit.corpus import pack
 from hf_alphaedit.errors import StatisticsError
 from hf_alphaedit.models.weights import EditSite
-from hf_alphaedit.statistics import SecondMoments, collect_second_moments
+from hf_alphaedit.packing import pack
+from hf_alphaedit.statistics import SecondMoments, collect_second_moments, load_second_moments, save_legacy_moments
 from hf_alphaedit.statistics_files import read_legacy_moment, read_moments, write_legacy_moment
 from hf_alphaedit.statistics_report import report_statistics
 
@@ -550,6 +550,35 @@ def test_unusable_legacy_files_are_refused(tmp_path: Path) -> None:
         read_legacy_moment(path)
 
 
+def test_moments_are_loaded_from_a_folder_of_either_kind(
+    tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    expected, sites = collect(tiny_llama, tokenizer, tmp_path / "own"), sites_of(tiny_llama)
+    own = load_second_moments(tmp_path / "own", sites, "base")
+    assert (largest_error(own, expected), own.tokens, own.corpus) == (0, TOKENS, "sentences")
+    paths = save_legacy_moments(expected, tmp_path / "legacy", sample_size=30)
+    assert paths[0].name == "model.layers.1.mlp.down_proj_float32_mom2_30.npz"
+    legacy = load_second_moments(tmp_path / "legacy", sites, "base")
+    assert largest_error(legacy, expected) < 1e-6
+    assert legacy.tokens == TOKENS
+    spectra = {name: Spectrum.of(moment) for name, moment in legacy.moments.items()}
+    assert report_statistics(legacy, spectra, lambda spectrum: 20).sites[0].overlap is None  # no halves in there
+
+
+def test_a_folder_that_does_not_fit_is_refused(
+    tiny_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    sites = sites_of(tiny_llama)
+    with pytest.raises(StatisticsError, match="has 0 files"):
+        load_second_moments(tmp_path, sites, "base")
+    collect(tiny_llama, tokenizer, tmp_path)
+    with pytest.raises(StatisticsError, match="belongs to other weights"):
+        load_second_moments(tmp_path, sites, "another base")
+    collect(tiny_llama, tokenizer, tmp_path, num_tokens=300)
+    with pytest.raises(StatisticsError, match="has 2 files"):
+        load_second_moments(tmp_path, sites, "base")
+
+
 # The report
 
 
@@ -567,7 +596,7 @@ def test_report_describes_spectrum_and_convergence(
         assert entry.eigenvalues["1"] == pytest.approx(float(energies[0]))
         assert 0 < entry.null_energy <= 0.3 < entry.held_out_energy < 1
         assert entry.chance_overlap < entry.overlap < 1
-    assert "null space" in str(report)
+    assert "free directions" in str(report)
     assert "sentences" in str(report)
     assert report.to_dict()["sites"][0]["dimension"] == 64
     assert report.warnings == []

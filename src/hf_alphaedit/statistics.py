@@ -14,16 +14,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_alphaedit.algorithm.moments import SecondMoment
-from hf_alphaedit.corpus import Document, leading_special_tokens, pack, within_context
 from hf_alphaedit.corpus_pass import CorpusPass, Halves
 from hf_alphaedit.errors import StatisticsError
 from hf_alphaedit.models.weights import EditSite
+from hf_alphaedit.packing import Document, leading_special_tokens, pack, within_context
 from hf_alphaedit.processes import Processes
 from hf_alphaedit.statistics_files import (
     FORMAT_VERSION,
     Description,
     digest_of,
+    read_legacy_moment,
     read_moments,
+    write_legacy_moment,
     write_moments,
 )
 
@@ -37,7 +39,7 @@ class SecondMoments:
 
     Attributes:
         moments: site name -> (d, d) float32, CPU.
-        files: site name -> cache file, which also holds the two half-sample moments.
+        files: site name -> our own file, which also holds the two half-sample moments; none for a legacy file.
         corpus: identity of the text.
         tokens: keys seen per site.
         seconds: time spent on reading or computing.
@@ -157,6 +159,50 @@ def collect_second_moments(
         seconds=time.monotonic() - began,
         from_cache=not missing,
     )
+
+
+def load_second_moments(directory: str | Path, sites: Sequence[EditSite], base_fingerprint: str) -> SecondMoments:
+    """Second moments that somebody else computed, from one file per site in `directory`.
+
+    Either our own (`<site>-*.safetensors`, as in the cache) or those of MEMIT and AlphaEdit (`<site>_*mom2*.npz`). The
+    latter don't say which weights they belong to, so only their shape is checked.
+
+    Raises:
+        StatisticsError: a site has no file or several, or its file is damaged, of another shape, or of other weights.
+    """
+    began = time.monotonic()
+    moments, files, corpora, counts = {}, {}, set(), set()
+    for site in sites:
+        own, legacy = f"{site.name}-*.safetensors", f"{site.name}_*mom2*.npz"
+        found = [*Path(directory).glob(own), *Path(directory).glob(legacy)]
+        if len(found) != 1:
+            raise StatisticsError(f"{directory} has {len(found)} files {own} or {legacy}; exactly one is needed")
+        path, dimension = found[0], site.read().shape[1]
+        if path.suffix == ".npz":
+            half, origin = read_legacy_moment(path, dimension), f"legacy files of {directory}"
+            halves = (half, SecondMoment(dimension))
+        else:
+            (even, odd), about = read_moments(path)
+            if (about["base"], about["site"], even.dimension) != (base_fingerprint, site.name, dimension):
+                raise StatisticsError(f"{path} belongs to other weights than those of {site.name} in this model")
+            halves, origin, files[site.name] = (even, odd), about["corpus"], path
+        moments[site.name] = _mean(halves)
+        corpora.add(origin)
+        counts.add(sum(half.count for half in halves))
+    return SecondMoments(moments, files, ", ".join(sorted(corpora)), min(counts), time.monotonic() - began, True)
+
+
+def save_legacy_moments(statistics: SecondMoments, directory: str | Path, *, sample_size: int = 100_000) -> list[Path]:
+    """Write one .npz file per site that MEMIT and AlphaEdit read as theirs; return the paths.
+
+    `sample_size` is the number of texts, which stands in the name and the file: these programs look for their own.
+    """
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, moment in statistics.moments.items():
+        paths.append(Path(directory) / f"{name}_float32_mom2_{sample_size}.npz")
+        write_legacy_moment(paths[-1], moment, statistics.tokens, sample_size)
+    return paths
 
 
 def _read_cached(files: dict[str, Path], descriptions: dict[str, Description]) -> dict[str, Halves]:

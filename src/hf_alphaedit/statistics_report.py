@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from hf_alphaedit.algorithm.moments import energy_inside, subspace_overlap
 from hf_alphaedit.algorithm.nullspace import Spectrum
+from hf_alphaedit.report import as_text
 from hf_alphaedit.statistics import SecondMoments
 from hf_alphaedit.statistics_files import read_moments
 
@@ -87,23 +89,20 @@ class StatisticsReport:
 
     def __str__(self) -> str:
         origin = "from the cache" if self.from_cache else f"computed in {self.seconds:.1f} s"
-        columns = ("site", "null space", "directions of 50/90/99 % energy", "energy in it", "held out", "overlap")
-        rows = [columns]
+        table = Table()
+        for name in ("site", "free directions", "hold 50/90/99 %", "free energy", "held out", "halves agree (chance)"):
+            table.add_column(name, justify="left" if name == "site" else "right")
         for entry in self.sites:
-            rows.append((
+            table.add_row(
                 entry.site,
                 f"{entry.null_rank} of {entry.dimension}",
                 " / ".join(str(count) for count in entry.energy_directions.values()),
                 f"{entry.null_energy:.1%}",
-                "-" if entry.held_out_energy is None else f"{entry.held_out_energy:.1%}",
-                "-" if entry.overlap is None else f"{entry.overlap:.2f} (chance {entry.chance_overlap:.2f})",
-            ))  # fmt: skip
-        widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
-        head = f"Second moments over {self.tokens:,} tokens of {self.corpus}, {origin}"
-        return "\n".join([head, *lines, *(f"Warning: {text}" for text in self.warnings)])
+                "" if entry.held_out_energy is None else f"{entry.held_out_energy:.1%}",
+                "" if entry.overlap is None else f"{entry.overlap:.2f} ({entry.chance_overlap:.2f})",
+            )
+        head = f"second moments over {self.tokens:,} tokens of {self.corpus}, {origin}"
+        return "\n".join([head, as_text(table), *(f"warning: {text}" for text in self.warnings)])
 
 
 def report_statistics(
@@ -150,8 +149,8 @@ def report_statistics(
 def _convergence(
     statistics: SecondMoments, name: str, null_rank: Callable[[Spectrum], int], device: torch.device
 ) -> dict[str, float]:
-    halves = read_moments(statistics.files[name])[0]
-    if any(half.count == 0 for half in halves):
+    halves = read_moments(statistics.files[name])[0] if name in statistics.files else []
+    if not halves or any(half.count == 0 for half in halves):
         return {}
     even, odd = (half.mean().to(device) for half in halves)
     even_spectrum, odd_spectrum = Spectrum.of(even), Spectrum.of(odd)
