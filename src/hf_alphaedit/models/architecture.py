@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,8 @@ from hf_alphaedit.models.weights import EditSite
 
 # Leaf names that transformers gives to the second projection of a feed-forward block.
 DOWN_PROJECTION_NAMES = frozenset({"down_proj", "c_proj", "fc_out", "fc2", "dense_4h_to_h", "w2"})
+# Parts of a path that is no feed-forward block: attention and other mixers of positions, norms, adapters, routers.
+NOT_FEED_FORWARD = ("attn", "attention", "mixer", "mamba", "ssm", "conv", "norm", "lora", "adapter", "router", "gate")
 SAME_SCALE = 2e-2  # factors closer than this are one factor, seen through a low-precision dtype
 
 
@@ -66,6 +69,11 @@ class Architecture:
         """The first block that has to run again when the value of `layer` changes."""
         return layer + 1 if self.additive else layer
 
+    def editable_layers(self) -> list[int]:
+        """The layers that have the down-projection; hybrids and some mixtures of experts have it only in some."""
+        names = {name for name, module in self.model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+        return [layer for layer in range(len(self.blocks)) if self.target_module.format(layer) in names]
+
     def site(self, layer: int) -> EditSite:
         """The weight edited in `layer`.
 
@@ -104,9 +112,11 @@ def resolve_architecture(
     text_config = model.config.get_text_config(decoder=True)
     block_path, blocks = _decoder_blocks(model, text_config.num_hidden_layers)
     if target_module is None:
-        target_module = f"{block_path}.{{}}.{_down_projection(blocks)}"
+        target_module = f"{block_path}.{{}}.{_down_projection(blocks, text_config.hidden_size)}"
     architecture = Architecture(model, blocks, target_module, head, text_config.hidden_size)
-    layers = [len(blocks) // 2] if layers is None else layers
+    if layers is None:
+        editable = architecture.editable_layers()
+        layers = [editable[len(editable) // 2]] if editable else [len(blocks) // 2]
     return replace(architecture, **_additivity(architecture, layers))
 
 
@@ -122,36 +132,68 @@ def _additivity(architecture: Architecture, layers: Sequence[int]) -> dict[str, 
 
 
 def _decoder_blocks(model: PreTrainedModel, count: int) -> tuple[str, nn.ModuleList]:
-    decoder = model.get_decoder()
-    for root in (decoder, model):
+    found: list[tuple[str, nn.ModuleList]] = []
+    for root in (model.get_decoder(), model):
+        inside = set(root.modules())
         found = [
             (name, module)
-            for name, module in root.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == count
+            for name, module in model.named_modules()
+            if module in inside and isinstance(module, nn.ModuleList) and len(module) == count
         ]
+        # The text decoder's own blocks lie less deep than those of an encoder that is built into it.
+        depths = [name.count(".") for name, _ in found]
+        found = [pair for pair, depth in zip(found, depths, strict=True) if depth == min(depths)]
         if len(found) == 1:
-            blocks = found[0][1]
-            path = next(name for name, module in model.named_modules() if module is blocks)
-            return path, blocks
+            return found[0]
     raise UnsupportedModelError(
         f"{type(model).__name__} has {len(found)} lists of {count} modules; exactly one list of decoder blocks is needed"
     )
 
 
-def _down_projection(blocks: nn.ModuleList) -> str:
-    def candidates(block: nn.Module) -> set[str]:
-        return {
-            name
-            for name, module in block.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D))
-            and name.rsplit(".", 1)[-1] in DOWN_PROJECTION_NAMES
-            and not any(part in name for part in ("attn", "attention", "expert"))
-        }
-
-    common = set.union(*(candidates(block) for block in blocks))
-    if len(common) != 1:
+def _down_projection(blocks: nn.ModuleList, hidden_size: int) -> str:
+    """Path of the down-projection inside a block: by its usual names, else by its shape, else that of shared experts."""
+    counts: dict[str, Counter[str]] = {"named": Counter(), "shaped": Counter(), "shared": Counter()}
+    for block in blocks:
+        for name, module in block.named_modules():
+            if not isinstance(module, (nn.Linear, Conv1D)) or any(part in name.lower() for part in NOT_FEED_FORWARD):
+                continue
+            outputs, inputs = _shape(module)
+            if outputs != hidden_size:
+                continue
+            leaf = name.rsplit(".", 1)[-1]
+            if "shared_expert" in name:
+                counts["shared"][name] += leaf in DOWN_PROJECTION_NAMES
+            elif "expert" not in name and leaf in DOWN_PROJECTION_NAMES:
+                counts["named"][name] += 1
+            elif "expert" not in name and inputs > outputs:
+                counts["shaped"][name] += 1
+    named = counts["named"] or counts["shaped"]
+    # A few first layers may be dense where all others are mixtures of experts: what most layers have is meant.
+    candidates = named if max(named.values(), default=0) >= max(counts["shared"].values(), default=0) else counts["shared"]
+    most = max(candidates.values(), default=0)
+    paths = [path for path, number in candidates.items() if number == most]
+    if len(paths) == 1:
+        return paths[0]
+    kind = type(blocks[0]).__name__
+    experts = sorted({type(module).__name__ for module in blocks.modules() if type(module).__name__.endswith("Experts")})
+    if not paths and experts:
         raise UnsupportedModelError(
-            f"the down-projection of the {type(blocks[0]).__name__} blocks can't be told: candidates {sorted(common)}; "
-            "set target_module, e.g. 'model.layers.{}.mlp.down_proj'"
+            f"the {kind} blocks have no dense or shared feed-forward, only a mixture of experts ({', '.join(experts)}) "
+            "that can't be edited; set target_module to another matrix that runs for every token"
         )
-    return common.pop()
+    if not paths:
+        raise UnsupportedModelError(
+            f"the {kind} blocks have no feed-forward block with a down-projection of {hidden_size} outputs; if they have "
+            "one under another name, set target_module, e.g. 'model.layers.{}.mlp.down_proj'"
+        )
+    raise UnsupportedModelError(
+        f"the {kind} blocks have several down-projections, {sorted(paths)}; choose one with target_module, e.g. "
+        "'model.layers.{}.mlp.down_proj'"
+    )
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of an `nn.Linear` or `Conv1D`; quantised modules say it in their attributes alone."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return module.out_features, module.in_features

@@ -8,18 +8,23 @@ rotary embeddings, soft-caps and logit scales of every family are the model's ow
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import TokenRow
 from hf_alphaedit.models.hooks import captured_inputs, on_input, on_output, replaced_forward, stop_after
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,13 +79,32 @@ def align_rows(
 
     Args:
         delta_layer: the layer whose value is to be changed; blocks below `resume_block` won't run again.
-        cached: split the rows at the subject and keep attention states; False keeps whole rows, which works for
-            every causal model, whatever its cache.
+        cached: split the rows at the subject and keep attention states, where every block has such states; otherwise,
+            or with False, keep whole rows, which works for every causal model, whatever its cache.
 
     Returns:
         The rows, the values (B, h) at each row's subject, and the logits (p, vocabulary) of this pass at each row's
         predictions (see `prediction_positions`).
     """
+    if cached:
+        try:
+            found = _run_rows(architecture, rows, delta_layer, cached=True)
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError) as error:
+            if should_reduce_batch_size(error):
+                raise
+            logger.info("%s can't keep plain attention states (%s)", type(architecture.model).__name__, error)
+            found = None
+        if found is not None:
+            return found
+    whole = _run_rows(architecture, rows, delta_layer, cached=False)
+    assert whole is not None
+    return whole
+
+
+def _run_rows(
+    architecture: Architecture, rows: Sequence[TokenRow], delta_layer: int, *, cached: bool
+) -> tuple[AlignedRows, Tensor, Tensor] | None:
+    """See `align_rows`. None if some block's state isn't one attention key and value for each position."""
     device, first_block = architecture.input_device, architecture.resume_block(delta_layer)
     before = max(row.subject for row in rows) if cached else 0  # P
     after = max(len(row.token_ids) - (row.subject if cached else 0) for row in rows)  # S
@@ -102,7 +126,9 @@ def align_rows(
     value_index = (torch.arange(len(rows), device=device), subject + before)
     with ExitStack() as stack:
         value_module = architecture.value_module(delta_layer)
-        stack.enter_context(on_output(value_module, lambda hidden: values.append(_at(hidden, value_index))))
+        stack.enter_context(
+            on_output(value_module, lambda hidden: values.append(_at(_by_row(hidden, len(rows)), value_index)))
+        )
         if skipped is not None:
             stack.enter_context(on_output(skipped, lambda hidden: entry.append(hidden[:, before:].clone())))
             handle = skipped.register_forward_hook(lambda _, __, output: form.append(_form(output)))
@@ -115,6 +141,9 @@ def align_rows(
         )  # fmt: skip
     attention: list[tuple[Tensor, ...]] = [(), ()]
     if cached:
+        lengths = [layer.keys.shape[-2] if type(layer) is DynamicLayer else 0 for layer in cache.layers]
+        if len(lengths) != len(architecture.blocks) or set(lengths) != {before + after}:
+            return None
         padding = attention_mask[:, None, :before, None] == 0  # (B, 1, P, 1)
         # Padded positions are masked, but a NaN in them would survive a zero attention weight.
         attention = [
@@ -157,8 +186,10 @@ def resume_rows(
     rows = torch.arange(len(delta), device=aligned.subject.device)
 
     def add_delta(hidden: Tensor) -> Tensor:  # (B, S, h)
+        by_row = _by_row(hidden, len(delta))
         index = (rows.to(hidden.device), aligned.subject.to(hidden.device))
-        return hidden.index_put(index, delta.to(hidden.device, hidden.dtype), accumulate=True)
+        changed = by_row.index_put(index, delta.to(hidden.device, hidden.dtype), accumulate=True)
+        return changed.view_as(hidden)
 
     keywords: dict[str, Any] = {"use_cache": False}
     if aligned.attention_keys:
@@ -214,7 +245,7 @@ class KeyWalk:
         rows = torch.arange(len(aligned.subject), device=aligned.subject.device)
 
         def at_subject(hidden: Tensor) -> Tensor:
-            return _at(hidden.detach(), (rows, aligned.subject))
+            return _at(_by_row(hidden.detach(), len(rows)), (rows, aligned.subject))
 
         values: list[Tensor] = []
         inputs: list[Tensor] = []
@@ -255,6 +286,11 @@ def _logits(architecture: Architecture, positions: tuple[Tensor, Tensor], **inpu
     """The model's logits (p, vocabulary) at (row, column) positions; the head runs on these alone."""
     with on_input(architecture.head, lambda hidden: _at(hidden, positions)[None]):  # (B, S, h) -> (1, p, h)
         return architecture.model(**inputs).logits[0]
+
+
+def _by_row(hidden: Tensor, count: int) -> Tensor:
+    """(B, S, h), also where a family flattens it to (B S, h) around its feed-forward."""
+    return hidden if hidden.dim() == 3 else hidden.reshape(count, -1, hidden.shape[-1])
 
 
 def _at(hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:

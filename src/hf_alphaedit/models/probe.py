@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_alphaedit.models.architecture import Architecture
 
 LENGTH, FIRST_TOKEN = 8, 100  # the probing text: ids that are ordinary tokens in every vocabulary of some size
+CHANGED = [LENGTH // 2, LENGTH - 1]  # positions
 # Largest share of a change that may be rounding. A norm in between leaves a share of one half and more.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 LOW_PRECISION_TOLERANCE = 5e-2
@@ -43,7 +44,8 @@ def probe_additivity(architecture: Architecture, layers: Sequence[int]) -> dict[
     """Change the output of each layer's down-projection and compare what its block makes of it.
 
     One forward pass up to the last of these layers: row 0 of the batch is left alone, row i + 1 is changed in layer
-    `layers[i]`. The model and the random state are as before.
+    `layers[i]`, at two positions, since a gate may let through a share of its own at each. The model and the random
+    state are as before.
 
     Raises:
         UnsupportedModelError: a down-projection doesn't run when its block does, or the blocks' outputs are no hidden
@@ -61,24 +63,23 @@ def probe_additivity(architecture: Architecture, layers: Sequence[int]) -> dict[
 
     def add(output: Tensor, row: int, layer: int) -> Tensor:
         by_row = output.reshape(rows, LENGTH, -1).clone()  # some families flatten (B, T, h) around the feed-forward
-        direction = torch.randn(by_row.shape[-1], generator=generator).to(output.device)
+        before = by_row[row, CHANGED].clone()  # (2, h)
+        direction = torch.randn(before.shape, generator=generator).to(output.device)
         # As large as the residual stream, so that rounding there doesn't hide it.
-        size = torch.maximum(entered[layer].to(output.device), by_row[row, -1].float().norm())
-        delta = (direction / direction.norm() * size).to(output.dtype)
-        before = by_row[row, -1].clone()
-        by_row[row, -1] += delta
-        added[layer] = (by_row[row, -1].float() - before.float()).cpu()
+        size = torch.maximum(entered[layer].to(output.device), before.float().norm(dim=-1, keepdim=True))  # (2, 1)
+        by_row[row, CHANGED] += (direction / direction.norm(dim=-1, keepdim=True) * size).to(output.dtype)
+        added[layer] = (by_row[row, CHANGED].float() - before.float()).flatten().cpu()
         return by_row.view_as(output)
 
     def compare(output: Tensor, row: int, layer: int) -> None:
         shapes[layer] = output.shape
         if output.dim() == 3:
-            changes[layer] = (output[row, -1].float() - output[0, -1].float()).cpu()
+            changes[layer] = (output[row, CHANGED].float() - output[0, CHANGED].float()).flatten().cpu()
 
     with ExitStack() as stack:
         stack.enter_context(inference_state(model))
         for row, layer in enumerate(layers, start=1):
-            block, module = architecture.blocks[layer], architecture.site(layer).module
+            module, block = architecture.site(layer).module, architecture.blocks[layer]
             keep_norm = _keep_norm(entered, layer)
             stack.enter_context(on_input(block, keep_norm))
             stack.enter_context(on_output(module, lambda out, row=row, layer=layer: add(out, row, layer)))
@@ -110,6 +111,6 @@ def probe_additivity(architecture: Architecture, layers: Sequence[int]) -> dict[
 
 def _keep_norm(entered: dict[int, Tensor], layer: int):
     def keep(hidden: Tensor) -> None:
-        entered[layer] = hidden[0, -1].detach().float().norm()
+        entered[layer] = hidden[0, CHANGED].detach().float().norm(dim=-1, keepdim=True)
 
     return keep
