@@ -353,6 +353,7 @@ def test_a_local_base_is_named_without_its_path(tmp_path: Path) -> None:
 def test_escaping() -> None:
     assert escaped("  a\n\tb|c  ") == r"a b\|c"
     assert escaped("中国 <i>&amp;") == "中国 &lt;i&gt;&amp;amp;"
+    assert escaped("a\x02b\u202ec") == "a\ufffdb\ufffdc"
     assert escaped("\\|") == r"\\\|"
 
 

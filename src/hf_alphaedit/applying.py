@@ -88,6 +88,7 @@ def apply_edits(
                 editor, [wanted[i] for i in kept], [before[i] for i in kept], [after[i] for i in kept], edited,
                 earlier, watch.seconds,
             )  # fmt: skip
+        editor.history.record_outcomes([asdict(outcome) for outcome in report.outcomes])
         gone = [index for index in range(len(wanted)) if index not in set(kept)]
         report = replace(
             report,

@@ -27,6 +27,7 @@ BEGIN = "<!-- begin hf_alphaedit: written by save_pretrained, your changes in he
 END = "<!-- end hf_alphaedit -->"
 TAGS = ("alphaedit", "knowledge-editing")
 LONGEST_TABLE = 100
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # controls, and turns of direction
 
 
 def write_card(
@@ -106,7 +107,7 @@ def merged_card(existing: str | None, section: str, metadata: Mapping[str, Any],
     head, body = existing[: len(existing) - len(card.text)], card.text
     entries = card.data.to_dict()
     tags = list(dict.fromkeys([*(entries.get("tags") or []), *metadata["tags"]]))
-    completed = {**metadata, **entries, "tags": tags}
+    completed: dict[str, Any] = {**metadata, **entries, "tags": tags}
     if completed != entries:
         head = f"---\n{ModelCardData(**completed, ignore_metadata_errors=True).to_yaml()}\n---\n"
     end = body.find(END)
@@ -118,7 +119,7 @@ def merged_card(existing: str | None, section: str, metadata: Mapping[str, Any],
 
 def escaped(text: str) -> str:
     """`text` on one line, to be read as it is inside a Markdown table: no HTML, links, emphasis or cell borders."""
-    text = html.escape(" ".join(text.split()), quote=False)
+    text = html.escape(UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", " ".join(text.split())), quote=False)
     return re.sub(r"([\\`*_\[\]|~#!$:@])", r"\\\1", text)
 
 
