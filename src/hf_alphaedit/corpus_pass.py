@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from hf_alphaedit.algorithm.moments import SecondMoment
 from hf_alphaedit.errors import StatisticsError
-from hf_alphaedit.models.hooks import captured_inputs, inference_state, matrix_products_in, stop_after
+from hf_alphaedit.models.hooks import captured_inputs, inference_state, products_in, replaced_forward, stop_after
 from hf_alphaedit.models.weights import EditSite, input_device
 from hf_alphaedit.processes import Processes
 from hf_alphaedit.statistics_files import Description, read_moments, write_moments
@@ -42,7 +42,7 @@ class CorpusPass:
         processes: each takes every `processes.count`-th sequence.
         batch_size: sequences per forward pass, halved when memory runs out.
         product_dtype: see `SecondMoment`.
-        forward_dtype: see `matrix_products_in`.
+        forward_dtype: see `products_in`.
         checkpoint: file for what this process has summed so far.
         checkpoint_seconds: time between two checkpoints.
         description: what the checkpoint must belong to.
@@ -73,7 +73,7 @@ class CorpusPass:
         with (
             torch.no_grad(),
             inference_state(self.model),
-            matrix_products_in(resident, self.forward_dtype),
+            replaced_forward(products_in(resident, self.forward_dtype)),
             tqdm(
                 total=sum(len(self.sequences[index]) for index in mine),
                 initial=sum(len(self.sequences[index]) for index in mine[:done]),

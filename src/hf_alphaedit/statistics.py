@@ -99,7 +99,7 @@ def collect_second_moments(
         force: compute anew, whatever the cache and the checkpoints hold.
         count_first: count the keys of the special tokens that begin every sequence (BOS), as published.
         product_dtype: dtype of the products k kᵀ, see `SecondMoment`; None is exact.
-        forward_dtype: dtype of the matrix products of the forward pass, see `matrix_products_in`; None is the model's.
+        forward_dtype: dtype of the matrix products of the forward pass, see `products_in`; None is the model's.
         tokens_per_batch: tokens of one forward pass.
         checkpoint_seconds: time between two checkpoints.
 

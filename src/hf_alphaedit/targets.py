@@ -16,9 +16,9 @@ from hf_alphaedit.algorithm.optimize import DeltaSearch, search_delta
 from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.errors import EditingError, UnsupportedModelError
 from hf_alphaedit.models.architecture import Architecture
-from hf_alphaedit.models.encoding import EncodedRequest
+from hf_alphaedit.models.encoding import EncodedRequest, TokenRow
 from hf_alphaedit.models.forward import AlignedRows, align_rows, prediction_positions, resume_rows
-from hf_alphaedit.models.hooks import matrix_products_in
+from hf_alphaedit.models.hooks import products_in, replaced_forward
 
 
 logger = logging.getLogger(__name__)
@@ -76,16 +76,17 @@ def compute_targets(
     dtype = product_dtype(architecture, config)
     first_block = architecture.resume_block(layer)
     modules = [module for block in architecture.blocks[first_block:] for module in block.modules()]
-    cached = True
-    with (
-        matrix_products_in([*modules, architecture.head], dtype) if dtype else matrix_products_in([], None),
-        tqdm(total=count * config.value_steps, desc="targets", unit="step", name="hf_alphaedit", leave=False) as bar,
-    ):
+    products = products_in([*modules, architecture.head], dtype)
+    cached = None
+    with tqdm(total=count * config.value_steps, desc="targets", unit="step", name="hf_alphaedit", leave=False) as bar:
         while chunks:
             chunk = chunks.pop(0)
             members = [requests[index] for index in chunk]
             try:
-                search, initial, cached = _search_chunk(architecture, members, layer, config, bar.update, cached)
+                rows = _Rows.of(architecture, members, layer, cached)
+                cached = rows.cached
+                with replaced_forward(products):
+                    search = _search(architecture, rows, layer, config, bar.update)
             except FloatingPointError as error:
                 raise EditingError(f"{error} (of requests {chunk}); try a lower learning_rate or float32") from error
             except (RuntimeError, MemoryError) as error:
@@ -94,68 +95,84 @@ def compute_targets(
                 logger.warning("%d requests don't fit into memory together; trying half of them", len(chunk))
                 chunks[:0] = [chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :]]
                 continue
-            result.values[chunk], result.initial[chunk] = (initial + search.delta).cpu(), initial.cpu()
+            result.values[chunk], result.initial[chunk] = (rows.initial + search.delta).cpu(), rows.initial.cpu()
             result.steps[chunk], result.likelihood[chunk] = search.steps.cpu(), search.likelihood.cpu()
             result.argmax[chunk] = search.argmax.cpu()
     return result
 
 
-def _search_chunk(
-    architecture: Architecture,
-    requests: Sequence[EncodedRequest],
-    layer: int,
-    config: AlphaEditConfig,
-    on_steps: Callable[[int], object],
-    cached: bool,
-) -> tuple[DeltaSearch, Tensor, bool]:
-    rows = [row for request in requests for row in (*request.rows, request.essence)]
-    row_request = torch.tensor([i for i, request in enumerate(requests) for _ in range(len(request.rows) + 1)])
-    aligned, values, reference = align_rows(architecture, rows, layer, cached=cached)
-    if cached and not _resumes(architecture, aligned, rows, layer, reference):
-        return _search_chunk(architecture, requests, layer, config, on_steps, cached=False)
-    if not cached and not _resumes(architecture, aligned, rows, layer, reference):
+@dataclass(eq=False)
+class _Rows:
+    """The rows of some requests, run once and ready to be resumed.
+
+    Attributes:
+        requests: n encoded requests.
+        rows: their rows, request by request: one per context, and '<subject> is a'.
+        row_request: (B,) index of each row's request.
+        aligned: the stored states of the rows.
+        initial: (n, h) float32, the values before the edit, from the bare rows.
+        cached: whether attention states before the subject are stored, rather than whole rows run.
+    """
+
+    requests: Sequence[EncodedRequest]
+    rows: list[TokenRow]
+    row_request: Tensor
+    aligned: AlignedRows
+    initial: Tensor
+    cached: bool
+
+    @classmethod
+    def of(
+        cls, architecture: Architecture, requests: Sequence[EncodedRequest], layer: int, cached: bool | None = None
+    ) -> _Rows:
+        """Run the rows in the model's own dtype. `cached` is what an earlier call found; None finds out.
+
+        Raises:
+            UnsupportedModelError: neither way of resuming gives the logits of the whole pass.
+        """
+        rows = [row for request in requests for row in (*request.rows, request.essence)]
+        counts = [len(request.rows) + 1 for request in requests]
+        row_request = torch.arange(len(requests)).repeat_interleave(torch.tensor(counts))
+        bare = torch.tensor([0, *counts[:-1]]).cumsum(0)  # (n,)
+        for way in (True, False) if cached is None else (cached,):
+            aligned, values, reference = align_rows(architecture, rows, layer, cached=way)
+            if cached is not None or _resumes(architecture, aligned, rows, layer, reference):
+                return cls(requests, rows, row_request, aligned, values[bare.to(values.device)].float(), way)
         raise UnsupportedModelError(
             f"{type(architecture.model).__name__} gives other logits when its blocks from "
             f"{architecture.resume_block(layer)} on run from stored hidden states; its blocks depend on more than that"
         )
-    del reference
-    bare = torch.tensor([i for i, row in enumerate(rows) if row is requests[row_request[i]].rows[0]])
-    initial = values[bare.to(values.device)].float()  # (n, h)
-    norm = initial.norm(dim=-1)  # (n,)
-    loss_of = _Loss(architecture, aligned, requests, rows, row_request, layer, norm, config)
-    counted = [len(requests)]
+
+
+def _search(
+    architecture: Architecture, rows: _Rows, layer: int, config: AlphaEditConfig, on_steps: Callable[[int], object]
+) -> DeltaSearch:
+    norm = rows.initial.norm(dim=-1)  # (n,)
+    counted = [len(rows.requests)]
 
     def on_step(step: int, active: int) -> None:
         # Steps that finished requests don't need count as done.
         on_steps(active + (counted[0] - active) * (config.value_steps - step))
         counted[0] = active
 
-    search = search_delta(
-        loss_of, norm, architecture.hidden_size, steps=config.value_steps, learning_rate=config.learning_rate,
-        clamp_factor=config.clamp_factor, stop_loss=config.stop_loss, stop_at_argmax=config.stop_at_argmax,
-        on_step=on_step,
+    return search_delta(
+        _Loss(architecture, rows, layer, norm, config), norm, architecture.hidden_size, steps=config.value_steps,
+        learning_rate=config.learning_rate, clamp_factor=config.clamp_factor, stop_loss=config.stop_loss,
+        stop_at_argmax=config.stop_at_argmax, on_step=on_step,
     )  # fmt: skip
-    return search, initial, cached
 
 
 class _Loss:
     """The loss of some requests as a function of delta; rows of finished requests are dropped as they finish."""
 
     def __init__(
-        self,
-        architecture: Architecture,
-        aligned: AlignedRows,
-        requests: Sequence[EncodedRequest],
-        rows: Sequence,
-        row_request: Tensor,
-        layer: int,
-        norm: Tensor,
-        config: AlphaEditConfig,
+        self, architecture: Architecture, rows: _Rows, layer: int, norm: Tensor, config: AlphaEditConfig
     ) -> None:
         self.architecture, self.layer, self.norm, self.config = architecture, layer, norm, config
-        self.requests, self.rows, self.row_request, self.aligned = requests, list(rows), row_request, aligned
+        self.requests, self.rows, self.row_request = rows.requests, rows.rows, rows.row_request
+        self.aligned = rows.aligned
         self.reference: Tensor | None = None
-        self._index(torch.arange(len(requests)))
+        self._index(torch.arange(len(rows.requests)))
 
     def _index(self, active: Tensor) -> None:
         """Positions, labels and weights for the rows that are left; `active` are the requests' original indices."""
@@ -249,4 +266,3 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         return bool(capabilities.get("amx_tile") or capabilities.get("avx512_bf16"))
     supports = getattr(torch.get_device_module(device), "is_bf16_supported", None)
     return supports is not None and bool(supports())
-

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 
 class StopForward(Exception):
@@ -94,14 +96,22 @@ def stop_after(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def inference_state(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradient for any parameter; `training` and `requires_grad` are as before on exit."""
+    """Evaluation mode, no gradient for any parameter, no compiled forward; all three are as before on exit.
+
+    A forward compiled by `Module.compile` would not notice the hooks that are set while it is in use.
+    """
+    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
     training = {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
+        for module in compiled:
+            module._compiled_call_impl = None
         model.eval()
         model.requires_grad_(False)
         yield
     finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
         for module, mode in training.items():
             module.training = mode
         for parameter, required in gradients.items():
@@ -120,17 +130,17 @@ def captured_inputs(
         yield captured
 
 
-@contextmanager
-def matrix_products_in(modules: list[nn.Module], dtype: torch.dtype | None) -> Iterator[None]:
-    """Run the products of these `nn.Linear` and `Conv1D` modules in `dtype`; inputs and outputs keep their own.
+def products_in(
+    modules: Iterable[nn.Module], dtype: torch.dtype | None
+) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+    """Forwards, for `replaced_forward`, that run these modules' matrix products in `dtype`.
 
-    Everything between the products (norms, attention weights, the residual stream) stays in the model's dtype. A copy
-    of the weights in `dtype` lives as long as the block. `None` changes nothing.
+    Inputs and outputs keep their own dtype, and so does everything between the products: norms, attention weights, the
+    residual stream. The forwards hold a copy of the weights in `dtype`. Only plain `nn.Linear` and `Conv1D` modules
+    with resident weights take part; None gives no forwards.
     """
     if dtype is None:
-        yield
-        return
-    from transformers.pytorch_utils import Conv1D
+        return {}
 
     def product(module: nn.Module) -> Callable[[Tensor], Tensor]:
         weight = module.weight.detach().to(dtype)
@@ -138,6 +148,8 @@ def matrix_products_in(modules: list[nn.Module], dtype: torch.dtype | None) -> I
         bias = None if module.bias is None else module.bias.detach().to(dtype)
         return lambda x: nn.functional.linear(x.to(dtype), weight, bias).to(x.dtype)
 
-    eligible = [module for module in modules if type(module) in (nn.Linear, Conv1D)]
-    with replaced_forward({module: product(module) for module in eligible}):
-        yield
+    return {
+        module: product(module)
+        for module in modules
+        if type(module) in (nn.Linear, Conv1D) and not has_offloaded_params(module)
+    }
