@@ -5,26 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_alphaedit.algorithm.nullspace import SpectralFilter
+from hf_alphaedit.algorithm.nullspace import SpectralFilter, Spectrum
 from hf_alphaedit.batches import Batch
 from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.contexts import sample_contexts
-from hf_alphaedit.filters import build_filters, collect_moments
+from hf_alphaedit.filters import build_filters, collect_moments, null_rank_of
 from hf_alphaedit.history import HISTORY_NAME, History
 from hf_alphaedit.models.architecture import resolve_architecture
 from hf_alphaedit.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from hf_alphaedit.models.hooks import inference_state
+from hf_alphaedit.models.placement import plain_model
 from hf_alphaedit.models.weights import EditSite
 from hf_alphaedit.presets import config_for
 from hf_alphaedit.repository import commit_of, local_copy
 from hf_alphaedit.statistics import SecondMoments, default_cache_directory
+from hf_alphaedit.statistics_report import StatisticsReport, report_statistics
 from hf_alphaedit.undo import undo
 
 
@@ -74,10 +76,12 @@ class AlphaEditor:
             ConfigError: the settings can't be used.
             StateError: `history` belongs to other weights, another tokenizer or other layers.
         """
+        model = plain_model(model)
         self.model, self.tokenizer = model, tokenizer
         self.config = config_for(model, config)
         self.architecture = resolve_architecture(model, self.config.target_module, self.config.layers)
         self._moments: SecondMoments | None = None
+        self._spectra: dict[str, Spectrum] | None = None
         self._filters: dict[str, SpectralFilter] | None = None
         sites = self.sites()
         tokenizer_name = tokenizer_fingerprint(tokenizer)
@@ -145,8 +149,8 @@ class AlphaEditor:
             self.config, self._filters = config, None
 
     def prepare(
-        self, corpus: Corpus | None = None, *, num_tokens: int | None = None, force: bool = False
-    ) -> SecondMoments:
+        self, corpus: Corpus | None = None, *, num_tokens: int | None = None, force: bool = False, convergence: bool = False
+    ) -> StatisticsReport:
         """Collect the second moments of the unedited model's keys: the long step, done once and cached.
 
         Args:
@@ -154,24 +158,35 @@ class AlphaEditor:
                 takes Wikipedia from the Hub, or "self" (with a warning) where the Hub can't be reached.
             num_tokens: tokens to read; None means `config.tokens_per_dimension` for each dimension of a key.
             force: compute again even if there is a cached result.
+            convergence: also compare the two halves of the corpus, to see whether the text was enough.
 
         Raises:
             StatisticsError: the corpus is empty or can't be read, or the keys are not finite.
         """
         with self.unedited(), inference_state(self.model):
             self._moments = collect_moments(self, corpus, num_tokens=num_tokens, force=force)
-        self._filters = None
-        return self._moments
+        self._spectra = self._filters = None
+        return report_statistics(
+            self._moments, self.spectra(), partial(null_rank_of, config=self.config), convergence=convergence
+        )
 
     def filters(self) -> dict[str, SpectralFilter]:
         """The filter of each site's key spectrum; collects the statistics if that hasn't been done."""
         if self._filters is None:
-            self._filters = build_filters(self.second_moments(), self.config)
+            self._filters = build_filters(self.spectra(), self.config)
         return self._filters
 
     def second_moments(self) -> dict[str, Tensor]:
         """Site name -> E[k kᵀ] (d, d) float32 of the unedited model; collects them if that hasn't been done."""
-        return (self._moments or self.prepare()).moments
+        if self._moments is None:
+            self.prepare()
+        return cast(SecondMoments, self._moments).moments
+
+    def spectra(self) -> dict[str, Spectrum]:
+        """Site name -> eigen-decomposition of its second moment."""
+        if self._spectra is None:
+            self._spectra = {name: Spectrum.of(moment) for name, moment in self.second_moments().items()}
+        return self._spectra
 
     @property
     def has_filters(self) -> bool:

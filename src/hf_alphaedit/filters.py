@@ -63,7 +63,7 @@ def build_filters(moments: Mapping[str, Tensor | Spectrum], config: AlphaEditCon
         if not 0.01 < null_rank / dimension < 0.99:
             logger.warning(
                 "%s: %d of %d directions count as null space; %s", name, null_rank, dimension,
-                "edits will hardly show, raise the threshold" if null_rank < len(moment) / 2
+                "edits will hardly show, raise the threshold" if null_rank < dimension / 2
                 else "next to nothing is protected, lower the threshold",
             )  # fmt: skip
         if config.projection == "hard":
