@@ -74,18 +74,16 @@ def compute_targets(
         torch.empty(count), torch.empty(count, dtype=torch.bool),
     )  # fmt: skip
     dtype = product_dtype(architecture, config)
-    first_block = architecture.resume_block(layer)
-    modules = [module for block in architecture.blocks[first_block:] for module in block.modules()]
+    modules = [module for block in architecture.blocks for module in block.modules()]
     products = products_in([*modules, architecture.head], dtype)
-    cached = None
+    cached = attention_can_be_stored(architecture, requests[order[-1]], layer)
     with tqdm(total=count * config.value_steps, desc="targets", unit="step", name="hf_alphaedit", leave=False) as bar:
         while chunks:
             chunk = chunks.pop(0)
             members = [requests[index] for index in chunk]
             try:
-                rows = _Rows.of(architecture, members, layer, cached)
-                cached = rows.cached
                 with replaced_forward(products):
+                    rows = _Rows.of(architecture, members, layer, cached)
                     search = _search(architecture, rows, layer, config, bar.update)
             except FloatingPointError as error:
                 raise EditingError(f"{error} (of requests {chunk}); try a lower learning_rate or float32") from error
@@ -111,7 +109,6 @@ class _Rows:
         row_request: (B,) index of each row's request.
         aligned: the stored states of the rows.
         initial: (n, h) float32, the values before the edit, from the bare rows.
-        cached: whether attention states before the subject are stored, rather than whole rows run.
     """
 
     requests: Sequence[EncodedRequest]
@@ -119,29 +116,42 @@ class _Rows:
     row_request: Tensor
     aligned: AlignedRows
     initial: Tensor
-    cached: bool
 
     @classmethod
-    def of(
-        cls, architecture: Architecture, requests: Sequence[EncodedRequest], layer: int, cached: bool | None = None
-    ) -> _Rows:
-        """Run the rows in the model's own dtype. `cached` is what an earlier call found; None finds out.
-
-        Raises:
-            UnsupportedModelError: neither way of resuming gives the logits of the whole pass.
-        """
-        rows = [row for request in requests for row in (*request.rows, request.essence)]
+    def of(cls, architecture: Architecture, requests: Sequence[EncodedRequest], layer: int, cached: bool) -> _Rows:
+        """Run the rows; `cached` says whether attention states are stored (see `attention_can_be_stored`)."""
+        rows = _rows_of(requests)
         counts = [len(request.rows) + 1 for request in requests]
         row_request = torch.arange(len(requests)).repeat_interleave(torch.tensor(counts))
         bare = torch.tensor([0, *counts[:-1]]).cumsum(0)  # (n,)
-        for way in (True, False) if cached is None else (cached,):
-            aligned, values, reference = align_rows(architecture, rows, layer, cached=way)
-            if cached is not None or _resumes(architecture, aligned, rows, layer, reference):
-                return cls(requests, rows, row_request, aligned, values[bare.to(values.device)].float(), way)
-        raise UnsupportedModelError(
-            f"{type(architecture.model).__name__} gives other logits when its blocks from "
-            f"{architecture.resume_block(layer)} on run from stored hidden states; its blocks depend on more than that"
-        )
+        aligned, values, _ = align_rows(architecture, rows, layer, cached=cached)
+        return cls(requests, rows, row_request, aligned, values[bare.to(values.device)].float())
+
+
+def _rows_of(requests: Sequence[EncodedRequest]) -> list[TokenRow]:
+    return [row for request in requests for row in (*request.rows, request.essence)]
+
+
+def attention_can_be_stored(architecture: Architecture, request: EncodedRequest, layer: int) -> bool:
+    """Whether passes may start from stored attention states; False means that whole rows have to run.
+
+    Found out on one request, by comparing the logits with those of a whole pass in the model's own dtype.
+
+    Raises:
+        EditingError: the model's logits are not finite.
+        UnsupportedModelError: neither way of resuming gives the logits of the whole pass.
+    """
+    rows = _rows_of([request])
+    for cached in (True, False):
+        aligned, _, reference = align_rows(architecture, rows, layer, cached=cached)
+        if not torch.isfinite(reference).all():
+            raise EditingError("the model's logits are not finite; its weights are damaged, or need dtype='float32'")
+        if _resumes(architecture, aligned, rows, layer, reference):
+            return cached
+    raise UnsupportedModelError(
+        f"{type(architecture.model).__name__} gives other logits when its blocks from "
+        f"{architecture.resume_block(layer)} on run from stored hidden states; its blocks depend on more than that"
+    )
 
 
 def _search(
@@ -253,7 +263,7 @@ def product_dtype(architecture: Architecture, config: AlphaEditConfig) -> torch.
         return None
     if config.forward_dtype != "auto":
         return getattr(torch, config.forward_dtype)
-    weight = architecture.site(0).module.weight
+    weight = architecture.site((config.layers or architecture.editable_layers())[0]).module.weight
     if weight.dtype != torch.float32:
         return None
     return torch.bfloat16 if multiplies_bfloat16(architecture.input_device) else None
