@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.utils import tqdm
 
 from hf_alphaedit.config import AlphaEditConfig
+from hf_alphaedit.contexts import contexts_for
 from hf_alphaedit.editing import EditedBatch, Stopwatch, edit_batch
 from hf_alphaedit.errors import ConfigError, EditingError, GateError
 from hf_alphaedit.evaluation.scoring import score
@@ -61,7 +62,8 @@ def apply_edits(
         with watch.measuring("report"):
             before = measure(editor.model, editor.tokenizer, wanted)
         with watch.measuring("contexts"):
-            editor.remember_contexts(seed)
+            if editor.history.contexts is None:  # the first batch fixes them for all
+                editor.history.contexts = contexts_for(editor.model, editor.tokenizer, editor.config, seed)
         if checks is not None:
             with watch.measuring("preflight"):
                 checks = check_keys(editor, wanted, with_known_facts(checks, [one.argmax for one in before]))

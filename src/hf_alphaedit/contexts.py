@@ -7,6 +7,7 @@ import unicodedata
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.models.hooks import inference_state
 
 
@@ -24,8 +25,18 @@ def sample_contexts(
 ) -> tuple[str, ...]:
     """One continuation of each of five first words, drawn by the model from its five likeliest tokens, plus '. {}'.
 
-    `length` counts all tokens, first word and BOS included, as published. The global random state is as before on
-    return. Source: MEMIT's and AlphaEdit's code (METHOD: no seed there; here the same seed gives the same texts).
+    The global random state, the model's modes and its `generation_config` are as before on return. Source: MEMIT's and
+    AlphaEdit's code, which has no seed; here the same seed gives the same texts.
+
+    Args:
+        model: the unedited model.
+        tokenizer: its tokenizer; not changed.
+        length: tokens of each context, first word and BOS included, as published.
+        keep_special_tokens: keep the text of special tokens, as published.
+        seed: decides the draws.
+
+    Returns:
+        Five texts that end in '. {}' and have no other braces.
     """
     settings = GenerationConfig(
         do_sample=True, top_k=TOP_K, top_p=1.0, temperature=1.0, max_length=length, min_length=length,
@@ -48,7 +59,25 @@ def sample_contexts(
     return tuple(contexts)
 
 
+def contexts_for(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: AlphaEditConfig, seed: int
+) -> tuple[str, ...]:
+    """The context templates of the settings, or sampled ones where they name none.
+
+    Args:
+        model: the unedited model.
+        tokenizer: its tokenizer.
+        config: the settings; `context_templates`, an empty tuple included, is taken as it is.
+        seed: see `sample_contexts`.
+    """
+    if config.context_templates is not None:
+        return config.context_templates
+    return sample_contexts(
+        model, tokenizer, length=config.context_length, keep_special_tokens=config.context_special_tokens, seed=seed
+    )
+
+
 def template_of(text: str) -> str:
-    """`text` as a template that ends in '. {}': normalised (NFKD), without blank lines, braces and end-of-text marks."""
+    """`text` and '. {}': normalised (NFKD), and without blank lines, braces and end-of-text marks."""
     text = unicodedata.normalize("NFKD", text).replace("\n\n", " ").replace("<|endoftext|>", "")
     return text.replace("{", " ").replace("}", " ") + ". {}"

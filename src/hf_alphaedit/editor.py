@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from hf_alphaedit.algorithm.nullspace import SpectralFilter, Spectrum
 from hf_alphaedit.batches import Batch
 from hf_alphaedit.config import AlphaEditConfig
-from hf_alphaedit.contexts import sample_contexts
 from hf_alphaedit.filters import build_filters, collect_moments, null_rank_of
 from hf_alphaedit.history import HISTORY_NAME, History
 from hf_alphaedit.models.architecture import resolve_architecture
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from hf_alphaedit.records import Record
     from hf_alphaedit.report import EditReport
     from hf_alphaedit.requests import EditRequest
+    from hf_alphaedit.tuning_report import TuningReport
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,12 @@ class AlphaEditor:
             self.config, self._filters = config, None
 
     def prepare(
-        self, corpus: Corpus | None = None, *, num_tokens: int | None = None, force: bool = False, convergence: bool = False
+        self,
+        corpus: Corpus | None = None,
+        *,
+        num_tokens: int | None = None,
+        force: bool = False,
+        convergence: bool = False,
     ) -> StatisticsReport:
         """Collect the second moments of the unedited model's keys: the long step, done once and cached.
 
@@ -187,6 +192,12 @@ class AlphaEditor:
         if self._spectra is None:
             self._spectra = {name: Spectrum.of(moment) for name, moment in self.second_moments().items()}
         return self._spectra
+
+    def tune(self, directory: str | Path, records: Iterable[Record] | None = None, **options: Any) -> TuningReport:
+        """Search settings for this model by measurement; see `hf_alphaedit.tuning.tune` for the options."""
+        from hf_alphaedit.tuning import tune
+
+        return tune(self, directory, records, **options)
 
     @property
     def has_filters(self) -> bool:
@@ -272,14 +283,6 @@ class AlphaEditor:
         from hf_alphaedit.hub import push_to_hub
 
         return push_to_hub(self, repo_id, **options)
-
-    def remember_contexts(self, seed: int = 0) -> None:
-        """Fix the context templates of all batches, if they aren't yet: those of the settings, or sampled ones."""
-        if self.history.contexts is None:
-            self.history.contexts = self.config.context_templates or sample_contexts(
-                self.model, self.tokenizer, length=self.config.context_length,
-                keep_special_tokens=self.config.context_special_tokens, seed=seed,
-            )  # fmt: skip
 
     def write_weights(self) -> None:
         """Give every site the weight that follows from the history."""

@@ -27,11 +27,13 @@ class Preset:
 
     Attributes:
         name: file name without its ending.
-        status: 'verified' (measured by this project) or 'published' (taken from a source, not measured here).
+        status: 'verified' (measured by this project), 'published' (taken from a source, not measured here) or 'tuned'
+            (found by `tune`).
         source: the command that verified them, or where they were published.
         models: Hub ids they are meant for.
         shape: entries of the model's text config that must be equal for the preset to apply by itself.
         settings: fields of `AlphaEditConfig`.
+        evidence: what was measured with them, where `tune` found them.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Preset:
     models: tuple[str, ...]
     shape: Mapping[str, Any]
     settings: Mapping[str, Any]
+    evidence: Mapping[str, Any] | None = None
 
     def config(self) -> AlphaEditConfig:
         """The settings as an `AlphaEditConfig`."""
@@ -54,9 +57,7 @@ def presets() -> list[Preset]:
     found = []
     for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if file.name.endswith(".json"):
-            values = json.loads(file.read_text(encoding="utf-8"))
-            values["models"] = tuple(values["models"])
-            found.append(Preset(name=file.name.removesuffix(".json"), **values))
+            found.append(_preset(file.name, json.loads(file.read_text(encoding="utf-8"))))
     return found
 
 
@@ -66,6 +67,7 @@ def config_for(
     """The settings for `model`, with `layers` filled in.
 
     Args:
+        model: its config's shape decides where nothing else does.
         config: settings, a mapping of them, a preset's name, the path of a JSON file or of a folder with one; None
             takes the preset for the model's shape, else derives the layers from its depth and says so in the log.
 
@@ -104,6 +106,21 @@ def _named(config: str | Path) -> AlphaEditConfig:
     known = {preset.name: preset for preset in presets()}
     if str(config) in known:
         return known[str(config)].config()
+    if Path(config).is_file() and (preset := _read_preset(Path(config))):
+        return preset.config()
     if Path(config).exists():
         return AlphaEditConfig.from_json_file(config)
     raise ConfigError(f"config={str(config)!r} is neither a file nor a preset; the presets are {sorted(known)}")
+
+
+def _preset(file_name: str, values: Mapping[str, Any]) -> Preset:
+    return Preset(**{**values, "name": file_name.removesuffix(".json"), "models": tuple(values["models"])})
+
+
+def _read_preset(path: Path) -> Preset | None:
+    """The preset in a file that `tune` wrote; None if the file is something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return _preset(path.name, values) if isinstance(values, dict) and "settings" in values else None
