@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import copy
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_alphaedit.evaluation.report import Estimate
@@ -35,8 +31,8 @@ def run_lm_eval(
 ) -> dict[str, Estimate]:
     """Run tasks of the lm-eval package on the model as it is in memory.
 
-    lm-eval writes a pad token into the tokenizer and sets the global random states: it gets a copy of the tokenizer,
-    and the states of Python, NumPy and torch, like the model's modes, are as before on return.
+    lm-eval writes a pad token into the tokenizer, so it gets a copy, and would seed the global random states, which it
+    is kept from. The model's modes are as before on return.
 
     Args:
         model: a causal language model.
@@ -59,29 +55,18 @@ def run_lm_eval(
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    with _random_states_kept(), inference_state(model):
+    with inference_state(model):
         wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         output = simple_evaluate(
             model=wrapped, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager,
-            log_samples=False, bootstrap_iters=BOOTSTRAP_ITERATIONS, random_seed=seed, numpy_random_seed=seed,
-            torch_random_seed=seed, fewshot_random_seed=seed,
+            log_samples=False, bootstrap_iters=BOOTSTRAP_ITERATIONS, random_seed=None, numpy_random_seed=None,
+            torch_random_seed=None, fewshot_random_seed=seed,
         )  # fmt: skip
     return {
         f"{task}/{metric}": result
         for task, values in output["results"].items()
         for metric, result in _estimates(values, output["n-samples"].get(task, {}).get("effective", 0)).items()
     }
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    python, arrays = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
 
 
 def _estimates(values: dict, count: int) -> dict[str, Estimate]:

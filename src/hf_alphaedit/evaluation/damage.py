@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_alphaedit.errors import RequestError
-from hf_alphaedit.evaluation.forward import input_device, logits_at
+from hf_alphaedit.evaluation.forward import logits_at
 from hf_alphaedit.evaluation.scoring import score
 from hf_alphaedit.models.encoding import encode_with_spans
 from hf_alphaedit.models.hooks import captured_inputs, inference_state
+from hf_alphaedit.models.weights import input_device
 
 
 WINDOW = 512

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import has_offloaded_params
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,15 +17,6 @@ from hf_alphaedit.models.hooks import on_input
 TOKEN_BUDGET = 4096
 # Logits of one batch, in elements (1 GiB as float32).
 LOGITS_BUDGET = 2**28
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where the token ids go: the device on which the input embeddings run, also when they are offloaded."""
-    embeddings = model.get_input_embeddings()
-    if has_offloaded_params(embeddings):
-        hook: Any = embeddings._hf_hook
-        return torch.device(hook.execution_device)
-    return next(embeddings.parameters()).device
 
 
 def batches(lengths: Sequence[int], batch_size: int | None, logits_per_row: int = 0) -> Iterator[list[int]]:

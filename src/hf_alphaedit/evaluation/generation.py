@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_alphaedit.errors import RequestError
-from hf_alphaedit.evaluation.forward import batches, check_length, input_device, logits_at, padded
+from hf_alphaedit.evaluation.forward import batches, check_length, logits_at, padded
 from hf_alphaedit.models.encoding import encode_with_spans
 from hf_alphaedit.models.hooks import inference_state
+from hf_alphaedit.models.weights import input_device
 
 
 NEW_TOKENS = 24
