@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_alphaedit.algorithm.nullspace import SpectralFilter, Spectrum
+from hf_alphaedit.atomic import all_or_nothing, unedited, write_weights
 from hf_alphaedit.batches import Batch
 from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.filters import build_filters, collect_moments, null_rank_of
@@ -147,15 +148,13 @@ class AlphaEditor:
         if config != self.config:
             self.architecture = resolve_architecture(self.model, config.target_module, config.layers)
             self.config, self._filters = config, None
+            if self._moments is not None and any(site.name not in self._moments.moments for site in self.sites()):
+                self._moments = self._spectra = None
 
     def prepare(
-        self,
-        corpus: Corpus | None = None,
-        *,
-        num_tokens: int | None = None,
-        force: bool = False,
+        self, corpus: Corpus | None = None, *, num_tokens: int | None = None, force: bool = False,
         convergence: bool = False,
-    ) -> StatisticsReport:
+    ) -> StatisticsReport:  # fmt: skip
         """Collect the second moments of the unedited model's keys: the long step, done once and cached.
 
         Args:
@@ -286,33 +285,12 @@ class AlphaEditor:
 
     def write_weights(self) -> None:
         """Give every site the weight that follows from the history."""
-        for site in self.sites():
-            if site.name in self.history.base_weights:
-                site.write(self.history.weight(site.name, device=site.device))
+        write_weights(self)
 
-    @contextmanager
-    def all_or_nothing(self) -> Iterator[None]:
+    def all_or_nothing(self) -> AbstractContextManager[None]:
         """Put weights and history back as they were if the block fails, whatever the reason."""
-        history = self.history
-        batches, contexts, known = list(history.batches), history.contexts, set(history.base_weights)
-        history.remember_base(self.sites())
-        try:
-            yield
-        except BaseException:
-            history.batches[:], history.contexts = batches, contexts
-            self.write_weights()
-            for name in set(history.base_weights) - known:
-                del history.base_weights[name]
-            raise
+        return all_or_nothing(self)
 
-    @contextmanager
-    def unedited(self) -> Iterator[None]:
+    def unedited(self) -> AbstractContextManager[None]:
         """The base model's weights inside the block; the edited ones again on exit."""
-        batches = list(self.history.batches)
-        try:
-            if batches:
-                self.write_batches([])
-            yield
-        finally:
-            if batches:
-                self.write_batches(batches)
+        return unedited(self)
