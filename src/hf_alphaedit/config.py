@@ -28,7 +28,7 @@ def setting(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class AlphaEditConfig:
-    """Settings of one sequence of edits. The defaults are the `recommended` mode; see [`paper`][AlphaEditConfig.paper].
+    """Settings of one sequence of edits. The defaults are the `recommended` mode; see `paper` for the other one.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range; the message names the field and the value.
@@ -40,7 +40,7 @@ class AlphaEditConfig:
         None, "path of the down-projection with {} for the layer, e.g. 'model.layers.{}.mlp.down_proj'; None finds it"
     )
 
-    # Targets (METHOD: 'value' optimisation of the paper's equation 3)
+    # Targets: the search of the paper's equation 3
     value_steps: int = setting(25, "forward passes of the target search; the last one makes no update")
     learning_rate: float = setting(0.5, "Adam's learning rate for the target search")
     clamp_factor: float = setting(0.75, "largest norm of delta, relative to the norm of the vector it is added to")
@@ -97,7 +97,14 @@ class AlphaEditConfig:
             _require(template.count("{}") == 1, "context_templates", template, "a text with exactly one {}")
 
     def replace(self, **changes: Any) -> AlphaEditConfig:
-        """A copy with `changes`; unknown names raise [`ConfigError`][hf_alphaedit.errors.ConfigError]."""
+        """A copy with some settings changed.
+
+        Args:
+            changes: field names and their new values.
+
+        Raises:
+            ConfigError: an unknown name, or a value of the wrong type or out of range.
+        """
         return type(self).from_dict({**self.to_dict(), **changes}, strict=True)
 
     def paper(self) -> AlphaEditConfig:
@@ -123,8 +130,13 @@ class AlphaEditConfig:
     def from_dict(cls, values: dict[str, Any], *, strict: bool = False) -> AlphaEditConfig:
         """The inverse of `to_dict`.
 
-        Keys this version doesn't know are dropped with a warning when the file was written by a newer format,
-        otherwise (and with `strict=True`) they are refused as typing mistakes.
+        Args:
+            values: field names and plain JSON values; `format_version` may be among them. Not changed.
+            strict: refuse unknown names in any case. Otherwise those in a file of a newer format are dropped with a
+                warning.
+
+        Raises:
+            ConfigError: an unknown name, or a value of the wrong type or out of range.
         """
         values = dict(values)
         version = values.pop("format_version", FORMAT_VERSION)
@@ -139,7 +151,11 @@ class AlphaEditConfig:
         return cls(**{name: value for name, value in values.items() if name in known})
 
     def save_pretrained(self, directory: str | Path) -> Path:
-        """Write `alphaedit_config.json` into `directory` and return its path."""
+        """Write `alphaedit_config.json` and return its path.
+
+        Args:
+            directory: is made if it doesn't exist.
+        """
         path = Path(directory) / CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"format_version": FORMAT_VERSION, **self.to_dict()}, indent=2, sort_keys=True)
@@ -148,7 +164,15 @@ class AlphaEditConfig:
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> AlphaEditConfig:
-        """Read a file written by `save_pretrained`, or a directory that holds one."""
+        """Read what `save_pretrained` wrote.
+
+        Args:
+            path: the file, or a directory that holds `alphaedit_config.json`.
+
+        Raises:
+            ConfigError: the file is no JSON object, or holds unusable settings.
+            OSError: it can't be read.
+        """
         path = Path(path)
         path = path / CONFIG_NAME if path.is_dir() else path
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -32,8 +32,8 @@ class Stopwatch:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def measuring(self, phase: str):
-        """Add the time the block takes to `phase`."""
+    def measuring(self, phase: str) -> Iterator[None]:
+        """Add the time that the block takes to `phase`."""
         began = time.perf_counter()
         try:
             yield
@@ -75,7 +75,14 @@ def edit_batch(
     restores the weights if anything fails.
 
     Args:
+        architecture: of the model, whose weights at the edited sites are changed in place.
+        tokenizer: its tokenizer.
+        requests: n requests.
+        contexts: templates with one {} each, beside the bare prompt.
         filters: site name -> filter of the key spectrum.
+        history: the earlier batches, whose keys are protected and whose deltas stay in the weights.
+        config: the settings, layers included.
+        watch: gets the seconds of each phase.
         compute: the target search, (encoded requests, layer) -> targets; None is `compute_targets`.
 
     Raises:

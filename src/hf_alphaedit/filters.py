@@ -24,7 +24,17 @@ logger = logging.getLogger(__name__)
 def collect_moments(
     editor: AlphaEditor, corpus: Corpus | None, *, num_tokens: int | None = None, force: bool = False
 ) -> SecondMoments:
-    """The second moments of all the editor's sites; its weights must be the unedited ones. See its `prepare`."""
+    """The second moments of all the editor's sites.
+
+    Args:
+        editor: its model must have the unedited weights.
+        corpus: see `AlphaEditor.prepare`.
+        num_tokens: see there.
+        force: see there.
+
+    Raises:
+        StatisticsError: the corpus is empty or can't be read, or the keys are not finite.
+    """
     sites, config, history = editor.sites(), editor.config, editor.history
     dimension = max(site.read().shape[1] for site in sites)
     num_tokens = num_tokens or config.tokens_per_dimension * dimension
@@ -38,7 +48,7 @@ def collect_moments(
 
 
 def null_rank_of(spectrum: Spectrum, config: AlphaEditConfig) -> int:
-    """Directions that count as null space under the config's rule."""
+    """How many of the smallest directions count as null space under the config's rule (d at most)."""
     if config.threshold_rule == "energy":
         return spectrum.null_rank_by_energy(config.energy_share)
     return spectrum.null_rank_by_threshold(config.absolute_threshold)
@@ -48,6 +58,10 @@ def build_filters(moments: Mapping[str, Tensor | Spectrum], config: AlphaEditCon
     """Site name -> filter, from second moments (d, d) or their spectra.
 
     Warns where a hard threshold leaves next to nothing, or protects next to nothing.
+
+    Args:
+        moments: site name -> second moment (d, d), or its spectrum.
+        config: the rule and its numbers.
     """
     filters = {}
     for name, moment in tqdm(moments.items(), desc="projector", unit="layer", name="hf_alphaedit", leave=False):

@@ -28,7 +28,14 @@ NEW_TOKENS = 8
 
 @dataclass(frozen=True)
 class Measured:
-    """What the model makes of one request: its own continuation, and the probabilities of the two targets."""
+    """What the model makes of one request.
+
+    Attributes:
+        text: its own greedy continuation of the prompt.
+        p_new: probability of the whole new target after the prompt, 0 to 1.
+        p_true: the same of the old target; None where it isn't known.
+        argmax: whether every token of the new target is the most likely one.
+    """
 
     text: str
     p_new: float
@@ -39,7 +46,16 @@ class Measured:
 def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest]
 ) -> list[Measured]:
-    """Continue each prompt greedily and score both targets after it."""
+    """Continue each prompt greedily and score both targets after it.
+
+    Args:
+        model: edited or not; not changed.
+        tokenizer: its tokenizer.
+        requests: n requests; the old target is scored where it is known.
+
+    Returns:
+        One `Measured` for each request, in order.
+    """
     texts = generate(model, tokenizer, [request.text for request in requests], max_new_tokens=NEW_TOKENS)
     pairs = [(request.text, request.target_new) for request in requests]
     known = [index for index, request in enumerate(requests) if request.target_true]
@@ -61,24 +77,34 @@ def report_of(
     earlier: Sequence[Batch],
     seconds: Mapping[str, float],
 ) -> EditReport:
-    """The report of one `apply_edits` call."""
+    """The report of one `apply_edits` call.
+
+    Args:
+        editor: with the edited weights and the batches in its history.
+        requests: n requests, in the order of the batches.
+        before: n measurements on the weights before the call.
+        after: n measurements on the edited weights.
+        edited: the batches of this call.
+        earlier: the batches that were there before it.
+        seconds: time per phase.
+    """
     steps = torch.cat([batch.targets.steps for batch in edited]).tolist()
     missing = torch.cat([batch.missing for batch in edited]).tolist()
     outcomes = tuple(
         Outcome(
-            request.text,
-            request.target_new,
-            request.target_true,
-            old.text,
-            new.text,
-            old.p_new,
-            new.p_new,
-            old.p_true,
-            new.p_true,
-            new.argmax,
-            steps[index],
-            missing[index],
-        )  # fmt: skip
+            prompt=request.text,
+            target_new=request.target_new,
+            target_true=request.target_true,
+            before=old.text,
+            after=new.text,
+            p_new_before=old.p_new,
+            p_new_after=new.p_new,
+            p_true_before=old.p_true,
+            p_true_after=new.p_true,
+            argmax_after=new.argmax,
+            steps=steps[index],
+            missing=missing[index],
+        )
         for index, (request, old, new) in enumerate(zip(requests, before, after, strict=True))
     )
     return EditReport(outcomes, tuple(_site_changes(editor, edited, earlier)), dict(seconds), peak_memory())

@@ -113,8 +113,9 @@ def _named(config: str | Path) -> AlphaEditConfig:
     raise ConfigError(f"config={str(config)!r} is neither a file nor a preset; the presets are {sorted(known)}")
 
 
-def _preset(file_name: str, values: Mapping[str, Any]) -> Preset:
-    return Preset(**{**values, "name": file_name.removesuffix(".json"), "models": tuple(values["models"])})
+def _preset(file_name: str, values: dict[str, Any]) -> Preset:
+    fields: dict[str, Any] = {**values, "name": file_name.removesuffix(".json"), "models": tuple(values["models"])}
+    return Preset(**fields)
 
 
 def _read_preset(path: Path) -> Preset | None:

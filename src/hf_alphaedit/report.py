@@ -98,7 +98,11 @@ class EditReport:
         return asdict(self)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The report as JSON text, also written to `path` if given."""
+        """The report as JSON text.
+
+        Args:
+            path: file to write it to as well.
+        """
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
@@ -131,10 +135,10 @@ class EditReport:
 
 
 def as_text(table: Table, width: int = 118) -> str:
-    """A rich table as plain text."""
+    """A rich table as plain text, at most `width` characters wide."""
     console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False)
     console.print(table, markup=False)
-    return console.file.getvalue().rstrip()  # ty: ignore[unresolved-attribute]
+    return console.file.getvalue().rstrip()  # ty: ignore[missing-attribute]
 
 
 def _line(text: str, limit: int = 60) -> str:

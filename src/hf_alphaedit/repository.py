@@ -11,9 +11,11 @@ from transformers.utils.hub import extract_commit_hash
 
 
 def local_copy(name: str, file: str, **hub: Any) -> Path | None:
-    """Path of `file` in the directory `name`, or of its cached download from the Hub repository; None if there is none.
+    """Path of one file in a directory, or of its cached download from a Hub repository; None if there is no such file.
 
     Args:
+        name: a directory or a Hub id.
+        file: name of the file inside it.
         hub: `revision`, `token`, `cache_dir`, `local_files_only`.
     """
     if Path(name).is_dir():
@@ -30,6 +32,11 @@ def local_copy(name: str, file: str, **hub: Any) -> Path | None:
 
 
 def commit_of(name: str, **hub: Any) -> str | None:
-    """Commit of the Hub repository `name` as cached; None for a directory."""
+    """Commit of a Hub repository as cached; None for a directory.
+
+    Args:
+        name: a Hub id or a directory.
+        hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+    """
     path = local_copy(name, "config.json", **hub)
     return None if path is None or Path(name).is_dir() else extract_commit_hash(str(path), None)

@@ -17,6 +17,12 @@ def save_editor(editor: AlphaEditor, directory: Path, *, include_requests: bool,
     """Write the model, the tokenizer, `alphaedit_config.json`, `alphaedit_history.safetensors` and the card.
 
     The history is written last: a directory that holds one is complete.
+
+    Args:
+        editor: is not changed.
+        directory: is made if it doesn't exist.
+        include_requests: with False no text of a request is in any file.
+        save_kwargs: passed to the model's `save_pretrained`.
     """
     is_main = Processes.current().is_main
     editor.model.save_pretrained(directory, **save_kwargs)

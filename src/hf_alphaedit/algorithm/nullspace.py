@@ -70,7 +70,13 @@ class SpectralFilter:
 
 
 def hard_filter(spectrum: Spectrum, null_rank: int, l2: float) -> SpectralFilter:
-    """AlphaEdit: F = P/λ, P the projector on the `null_rank` smallest directions."""
+    """AlphaEdit: F = P/λ, P the projector on the smallest directions (paper, equations 9-11).
+
+    Args:
+        spectrum: of the second moment (d, d).
+        null_rank: how many of the smallest directions may be edited.
+        l2: λ, positive.
+    """
     dimension = spectrum.eigenvalues.numel()
     gain = l2**-0.5
     if null_rank <= dimension - null_rank:
@@ -81,9 +87,15 @@ def hard_filter(spectrum: Spectrum, null_rank: int, l2: float) -> SpectralFilter
 
 
 def soft_filter(spectrum: Spectrum, soft_weight: float, l2: float, null_rank: int | None = None) -> SpectralFilter:
-    """MEMIT's constraint, F = (α C + λ I)⁻¹; with `null_rank`, zero outside the null space as well.
+    """MEMIT's constraint, F = (α C + λ I)⁻¹.
 
     Directions on which α s is below rounding beside λ get the common gain 1/√λ, so they need not be stored.
+
+    Args:
+        spectrum: of the second moment (d, d).
+        soft_weight: α, positive.
+        l2: λ, positive.
+        null_rank: with a number, only so many of the smallest directions may be edited, as in `hard_filter`.
     """
     dimension = spectrum.eigenvalues.numel()
     gains = (soft_weight * spectrum.eigenvalues + l2).rsqrt()  # (d,)
@@ -100,5 +112,10 @@ def soft_filter(spectrum: Spectrum, soft_weight: float, l2: float, null_rank: in
 
 
 def ridge_filter(dimension: int, l2: float) -> SpectralFilter:
-    """No protection of the corpus: F = I/λ."""
+    """No protection of the corpus: F = I/λ.
+
+    Args:
+        dimension: d, length of a key.
+        l2: λ, positive.
+    """
     return SpectralFilter(torch.zeros(dimension, 0), torch.zeros(0), l2**-0.5, dimension)

@@ -46,7 +46,10 @@ def target_loss(
         token_weight: (t,) 1 / (rows of the request · target tokens), so that a request's weights sum to one.
         subject_logits: (m, vocabulary) logits at the subject's last token of '<subject> is a'.
         subject_reference: (m, vocabulary) log-probabilities there before any change.
-        delta: (m, h) the candidate, and `value_norm` (m,) the norm of the vector it is added to.
+        delta: (m, h) the candidates.
+        value_norm: (m,) norm of the vectors they are added to.
+        kl_factor: weight of the KL term.
+        weight_decay: weight of the decay term.
     """
     count = delta.shape[0]
     # Cross entropy by logsumexp and one gather: the (t, vocabulary) log-probabilities are never stored.

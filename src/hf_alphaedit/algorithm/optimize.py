@@ -53,8 +53,13 @@ def search_delta(
     Args:
         evaluate: (delta (m, h), active (m,)) -> loss of these requests; `active` holds their indices, so that the
             callee can drop the rows of finished ones.
-        initial_norm: (n,) norm of the vector delta is added to; delta's norm stays below `clamp_factor` times this.
+        initial_norm: (n,) float32, norm of the vectors that the deltas are added to.
+        hidden_size: h, length of those vectors.
         steps: forward passes; the last makes no update, so there are `steps - 1` updates at most, as published.
+        learning_rate: Adam's.
+        clamp_factor: a delta's norm stays at or below this many times its `initial_norm`.
+        stop_loss: a request is finished once its total loss is below this.
+        stop_at_argmax: a request is also finished once its whole target is the argmax in every row.
         on_step: called with (step, number of requests still active) after each forward pass.
 
     Raises:

@@ -9,6 +9,7 @@ that system lies in the range of P. The push-through identity G (Gᵀ G + I)⁻�
 size of the edits (dual) or of the keys (primal); both have the same solution.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,8 @@ class LowRankUpdate:
     """Δ (h, d) = outputsᵀ · inputs, exactly of rank n at most.
 
     Attributes:
-        inputs: (n, d) float32, what each edit listens to.
-        outputs: (n, h) float32, what each edit adds: its residual.
+        inputs: (n, d) float32 (float64 from float64 keys), what each edit listens to.
+        outputs: (n, h), the same dtype, what each edit adds: its residual.
     """
 
     inputs: Tensor
@@ -32,7 +33,9 @@ class LowRankUpdate:
         return self.outputs.double().T @ self.inputs.double()
 
 
-def solve_update(new_keys: Tensor, past_keys: Tensor | None, residual: Tensor, root) -> LowRankUpdate:
+def solve_update(
+    new_keys: Tensor, past_keys: Tensor | None, residual: Tensor, root: Callable[[Tensor], Tensor]
+) -> LowRankUpdate:
     """Solve for the update that adds `residual` at the new keys and nothing at the past ones.
 
     Args:
@@ -42,7 +45,8 @@ def solve_update(new_keys: Tensor, past_keys: Tensor | None, residual: Tensor, r
         root: the function k -> F^½ k on rows, `SpectralFilter.root`.
 
     Returns:
-        The factors of Δ in float32; the system itself is solved in float64 with `torch.linalg.solve`.
+        The factors of Δ in the wider of float32 and the new keys' dtype; the system itself is solved in float64 with
+        `torch.linalg.solve`.
     """
     keys = new_keys if past_keys is None else torch.cat([past_keys, new_keys])  # (m, d)
     count, dimension = keys.shape
@@ -57,9 +61,18 @@ def solve_update(new_keys: Tensor, past_keys: Tensor | None, residual: Tensor, r
         system = keys.T @ keys  # (d, d)
         system.diagonal().add_(1.0)
         inputs = torch.linalg.solve(system, keys[count - len(new_keys) :].T).T  # (n, d)
-    return LowRankUpdate(root(inputs).float(), residual.float())
+    dtype = torch.promote_types(new_keys.dtype, torch.float32)
+    return LowRankUpdate(root(inputs).to(dtype), residual.to(dtype))
 
 
 def spread_residual(targets: Tensor, current: Tensor, layers_left: int) -> Tensor:
-    """R = (Z - H) / layers_left, both (n, h): what this layer takes on; the last one takes all that remains."""
+    """R = (Z - H) / layers_left (n, h): what this layer takes on; the last one takes all that remains.
+
+    Source: MEMIT's spread over layers, which AlphaEdit keeps.
+
+    Args:
+        targets: (n, h) the values Z that make the model say the new targets.
+        current: (n, h) the values H that the model has now, with the layers below edited already.
+        layers_left: layers that share what is missing, this one included.
+    """
     return (targets - current) / layers_left
