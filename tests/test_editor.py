@@ -210,7 +210,7 @@ def test_requests_that_cannot_be_used_stop_before_any_work(requests: Any, messag
     with pytest.raises(RequestError, match=message):
         editor.apply_edits(requests)
     assert calls.count == 0
-    assert not editor.has_filters
+    assert not editor.is_prepared
 
 
 @pytest.mark.parametrize(("option", "value"), [("batch_size", 0), ("batch_size", -1), ("retry", -1)])

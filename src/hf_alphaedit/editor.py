@@ -199,9 +199,9 @@ class AlphaEditor:
         return tune(self, directory, records, **options)
 
     @property
-    def has_filters(self) -> bool:
-        """Whether the filters are built, so that `filters()` costs nothing."""
-        return self._filters is not None
+    def is_prepared(self) -> bool:
+        """Whether the second moments are there, so that `filters()` reads no corpus."""
+        return self._moments is not None
 
     def preflight(
         self, requests: Iterable[Record | EditRequest | Mapping[str, Any]], **options: Any

@@ -41,8 +41,8 @@ def preflight(
 ) -> PreflightReport:
     """Look for everything that could go wrong with `requests`; nothing is changed.
 
-    Costs the encoding of the texts, one forward pass of the prompts for what the model says now and, if the editor's
-    filters are built, one that ends at the first edited layer for the keys. Texts that can't be used are listed in the
+    Costs the encoding of the texts, one forward pass of the prompts for what the model says now and, if the second
+    moments are there, one that ends at the first edited layer for the keys. Texts that can't be used are listed in the
     report's `errors`; only a list that isn't one raises.
 
     Args:
@@ -61,7 +61,7 @@ def preflight(
         return report
     scores = score(editor.model, editor.tokenizer, [(request.text, request.target_new) for request in wanted])
     report = with_known_facts(report, [result.exact for result in scores])
-    return check_keys(editor, wanted, report, similarity=similarity) if editor.has_filters else report
+    return check_keys(editor, wanted, report, similarity=similarity) if editor.is_prepared else report
 
 
 def _read(requests: Iterable[EditRequest | Mapping[str, Any]]) -> tuple[list[EditRequest], list[str]]:

@@ -1,0 +1,130 @@
+"""What the preflight check finds, against requests made to be found."""
+
+import pytest
+import torch
+from editable import REQUESTS, tiny_editor
+from test_editor import equal, weights_of
+from tiny import tiny_model, tiny_tokenizer
+
+from hf_alphaedit import AlphaEditor, EditRequest
+from hf_alphaedit.models.encoding import encode_prompt
+
+
+def fresh() -> AlphaEditor:
+    return AlphaEditor(tiny_model("llama"), tiny_tokenizer(bos=True), {"layers": [2, 3]})
+
+
+def test_tokens_and_spaces() -> None:
+    editor = fresh()
+    requests = [
+        EditRequest("The capital of {} is", "France", "music"),
+        EditRequest("The capital of {} is ", "France now", " city"),
+        EditRequest("{}的首都是", "法国", "伦敦"),
+    ]
+    report = editor.preflight(requests)
+    assert [check.space_added for check in report.checks] == [True, False, False]
+    for check, request in zip(report.checks, requests, strict=True):
+        ids, place = encode_prompt(editor.tokenizer, request.prompt, request.subject)
+        assert check.subject_position == place
+        assert check.subject_token == editor.tokenizer.decode([ids[place]])
+        assert "".join(check.target_tokens).strip() == request.target_new.strip() or request.subject == "法国"
+    assert report.checks[0].subject_token.endswith("ce")
+    assert not report.errors
+    assert not report.free_directions
+    assert "no second moments yet" in str(report)
+    assert report.to_dict()["checks"][0]["text"] == "The capital of France is"
+
+
+def test_a_fact_that_is_true_already() -> None:
+    editor = tiny_editor()
+    assert [check.already_true for check in editor.preflight(REQUESTS).checks] == [False] * 3
+    assert editor.apply_edits(REQUESTS[:1]).success_rate == 1
+    report = editor.preflight([REQUESTS[1], REQUESTS[0]])
+    assert [check.already_true for check in report.checks] == [False, True]
+    assert any("already for request(s) [1]" in warning for warning in report.warnings)
+
+
+def test_all_unusable_requests_are_listed_at_once() -> None:
+    long = EditRequest("{} " + "and so on " * 60, "Rome", "city")
+    report = fresh().preflight([{"prompt": "It is", "subject": "Rome", "target_new": "x"}, REQUESTS[0], long])
+    assert len(report.errors) == 2
+    assert report.errors[0].startswith("request 0: prompt='It is'")
+    assert "128 positions" in report.errors[1]
+
+
+@pytest.mark.parametrize(
+    ("second", "error", "warning"),
+    [
+        (EditRequest("The capital of {}", "France", "music"), None, "request 1 repeats request 0"),
+        (EditRequest("the  capital of {}", "FRANCE", " Music"), None, "request 1 repeats request 0"),
+        (EditRequest("The capital of {}", "France", "city"), "want 'music' and 'city'", None),
+        (EditRequest("Its seat, {},", "France", "city", relation="capital"), None, "two objects of relation capital"),
+        (EditRequest("Its seat, {},", "France", "music", relation="capital"), None, None),
+        (EditRequest("Its seat, {},", "France", "city", relation="seat"), None, None),
+        (EditRequest("Its seat, {},", "France", "city"), None, None),
+    ],
+)
+def test_repetitions_and_contradictions(second: EditRequest, error: str | None, warning: str | None) -> None:
+    editor = fresh()
+    within = editor.preflight([REQUESTS[0], second])
+    assert [error] == [error for text in within.errors if error in text] if error else not within.errors
+    assert any(warning in text for text in within.warnings) if warning else not within.warnings
+
+
+def test_earlier_edits_are_known() -> None:
+    editor = tiny_editor(value_steps=2)
+    editor.apply_edits(REQUESTS)
+    again = editor.preflight([REQUESTS[0]])
+    assert any("repeats an earlier edit" in text for text in again.warnings)
+    changed = editor.preflight([EditRequest("The capital of {}", "France", "world", relation="capital")])
+    assert any("earlier edit wrote 'music'" in text and "remove" in text for text in changed.warnings)
+    assert changed.edits_so_far == 3
+    assert changed.checks[0].nearest == REQUESTS[0].text  # the same key
+    assert changed.checks[0].similarity == pytest.approx(1, abs=1e-4)
+    assert any("nearly that of an earlier edit" in text for text in changed.warnings)
+
+
+def test_keys_are_compared_as_the_update_sees_them() -> None:
+    editor = tiny_editor()
+    twin = EditRequest("The capital of {}", "France", "music", relation="other")
+    report = editor.preflight([*REQUESTS, twin])
+    assert report.checks[0].similarity == pytest.approx(1, abs=1e-4)
+    assert report.checks[0].nearest == REQUESTS[0].text
+    assert sum("its key is nearly" in text for text in report.warnings) == 1  # a pair is named once
+    # Against the filtered keys that an edit really stores at the first layer.
+    editor.apply_edits(REQUESTS)
+    keys = torch.nn.functional.normalize(editor.history.past_keys(editor.sites()[0].name), dim=-1)
+    cosines = (keys @ keys.T).fill_diagonal_(-1).max(1).values
+    editor.undo_all()
+    found = [check.similarity for check in editor.preflight(REQUESTS).checks]
+    torch.testing.assert_close(torch.tensor(found), cosines, rtol=1e-4, atol=1e-4)
+
+
+def test_capacity() -> None:
+    editor = tiny_editor(energy_share=0.02)
+    free = editor.preflight(REQUESTS[:1])
+    assert not any("free directions" in text for text in free.warnings)
+    few = min(free.free_directions.values())
+    assert free.free_directions == {name: found.null_rank for name, found in editor.filters().items()}
+    requests = [EditRequest("We saw {}", f"Peru {number}", "city") for number in range(few // 2 + 1)]
+    assert any(f"share the {few} free directions" in text for text in editor.preflight(requests).warnings)
+
+
+def test_nothing_is_changed_and_estimates_grow_with_the_work() -> None:
+    editor = tiny_editor()
+    before = weights_of(editor.model)
+    small, large = editor.preflight(REQUESTS[:1]), editor.preflight(REQUESTS * 20)
+    assert equal(weights_of(editor.model), before)
+    assert not editor.history.base_weights
+    assert small.seconds > 0
+    assert large.memory > small.memory > 0
+
+
+def test_apply_edits_reports_warnings_unless_told_not_to() -> None:
+    editor = tiny_editor(value_steps=2)
+    contradiction = [REQUESTS[0], EditRequest("The capital of {}", "France", "city")]
+    report = editor.apply_edits([REQUESTS[0], REQUESTS[0]])
+    assert any("repeats" in warning for warning in report.warnings)
+    assert "warning: " in str(report)
+    editor.undo_all()
+    assert editor.apply_edits(contradiction, preflight=False).warnings == ()
