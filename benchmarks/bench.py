@@ -95,7 +95,11 @@ def show(comparison: Comparison) -> None:
     if comparison.evaluated:
         names = [f"{metric}_{kind}" for kind in ("success", "accuracy") for metric in METRICS]
         rows = [(side, *[found.get(name) for name in names]) for side, found in comparison.evaluated.items()]
-        show_table("Metrics, %", ("model", *[name.replace("_", " ") for name in names]), rows)
+        show_table(
+            "Metrics, % (the reference once with the projector and ridge of each mode)",
+            ("model", *[name.replace("_", " ") for name in names]),
+            rows,
+        )
     rows = [
         (mode, found["dtype"], found["rate"] / 1e9, found["achieved"] / 1e9, 100 * found["share"])
         for mode, found in comparison.share.items()

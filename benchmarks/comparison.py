@@ -21,7 +21,7 @@ from hf_alphaedit.evaluation.protocol import evaluate
 from hf_alphaedit.filters import build_filters
 from hf_alphaedit.models.encoding import encode_request
 from hf_alphaedit.presets import config_for
-from hf_alphaedit.statistics import collect_second_moments
+from hf_alphaedit.statistics import SecondMoments, collect_second_moments
 from hf_alphaedit.targets import product_dtype
 
 
@@ -89,45 +89,48 @@ class Comparison:
 
     def _run(self, directory: Path) -> None:
         editors = {mode: AlphaEditor(self.model, self.tokenizer, config) for mode, config in self.configs.items()}
-        for editor in editors.values():
-            editor.second_moment_directory = directory
         first = next(iter(editors.values()))
         moments = self._statistics(first, directory)
         edits = any(phase in EDIT_PHASES for phase in self.phases)
         if "projector" in self.phases or edits:
-            projectors = {mode: self._projectors(mode, moments) for mode in self.configs}
+            projectors = {mode: self._projectors(mode, moments.moments) for mode in self.configs}
         if edits:
             self._evaluate("unedited")
             edited = {}
             for mode, editor in editors.items():
-                editor.prepare(self.workload.texts, num_tokens=self.workload.blocks.numel())  # from the cache by now
+                editor._moments = moments  # what `prepare` keeps
                 edited[mode] = self._library_edit(mode, editor)
             targets = None
             for mode in self.configs:
                 targets = self._reference_edit(mode, projectors[mode], edited[mode], targets)
 
-    def _statistics(self, editor: AlphaEditor, directory: Path) -> dict[str, Tensor]:
+    def _statistics(self, editor: AlphaEditor, directory: Path) -> SecondMoments:
         """The library's float32 moments. The reference's, and those with bfloat16 products, if that is asked for."""
-        tokens, length = self.workload.blocks.numel(), self.workload.blocks.shape[1]
-        with self.library.measuring("statistics"):
-            exact = editor.prepare(self.workload.texts, num_tokens=tokens).moments
+        exact = self._second_moments("statistics", editor, directory, None)
         if "statistics" not in self.phases:
             return exact
-        with self.library.measuring("statistics (bfloat16)"):
-            rounded = collect_second_moments(
-                self.model, self.tokenizer, editor.sites(), self.workload.texts, num_tokens=tokens,
-                sequence_length=length, base_fingerprint=editor.history.base_fingerprint,
-                tokenizer_fingerprint=editor.history.tokenizer_fingerprint, corpus_name="benchmark",
-                cache_directory=directory, product_dtype=torch.bfloat16,
-            ).moments  # fmt: skip
+        rounded = self._second_moments("statistics (bfloat16)", editor, directory, torch.bfloat16).moments
         with self.reference.measuring("statistics"):
             name = self._settings(next(iter(self.configs))).down_projection
             blocks = self.workload.blocks
             plain = [reference.second_moment(self.model, self.tokenizer, blocks, layer, name) for layer in self.layers]
         self.reference.seconds["statistics (bfloat16)"] = self.reference.seconds["statistics"]
-        self.agreement["moments (float32)"] = largest(exact.values(), plain)
+        self.agreement["moments (float32)"] = largest(exact.moments.values(), plain)
         self.agreement["moments (bfloat16 products)"] = largest(rounded.values(), plain)
         return exact
+
+    def _second_moments(
+        self, phase: str, editor: AlphaEditor, directory: Path, product_dtype: torch.dtype | None
+    ) -> SecondMoments:
+        """One pass of the library, without the report that `prepare` makes of it."""
+        with self.library.measuring(phase):
+            return collect_second_moments(
+                self.model, self.tokenizer, editor.sites(), self.workload.texts,
+                num_tokens=self.workload.blocks.numel(), sequence_length=self.workload.blocks.shape[1],
+                base_fingerprint=editor.history.base_fingerprint,
+                tokenizer_fingerprint=editor.history.tokenizer_fingerprint, corpus_name="benchmark",
+                cache_directory=directory, product_dtype=product_dtype,
+            )  # fmt: skip
 
     def _projectors(self, mode: str, moments: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """The reference's dense projectors under the mode's rule."""
@@ -153,6 +156,7 @@ class Comparison:
             report = editor.apply_edits(self.requests)
         self.share[mode] = self._share(editor, report, dtype, max(rate, matrix_rate(dtype)))
         self.library.seconds |= {f"{phase} ({mode})": report.seconds[phase] for phase in EDIT_PHASES}
+        self.library.seconds[f"apply ({mode})"] = self.library.seconds.pop(f"apply ({mode})")  # the sum goes last
         self._evaluate(f"library ({mode})")
         names = [site.name for site in editor.sites()]
         residual = editor.history.batches[0].updates[names[0]].outputs * len(names)  # (n, h) what all layers share
@@ -165,7 +169,7 @@ class Comparison:
     def _reference_edit(
         self, mode: str, projectors: Mapping[int, Tensor], edited: Edited, targets: Tensor | None
     ) -> Tensor:
-        """The published procedure under the mode's rule and ridge, evaluated and taken back; returns its targets.
+        """The published procedure with the mode's projector and ridge, evaluated and taken back; returns its targets.
 
         `targets` are those of an earlier mode: they depend on neither, so they aren't searched again.
         """
@@ -183,7 +187,7 @@ class Comparison:
             record = reference.apply_edits(
                 self.model, self.tokenizer, requests, contexts, projectors, settings, targets=targets
             )
-        self._evaluate(f"reference, projector and ridge of {mode} mode")
+        self._evaluate(f"reference ({mode})")
         with torch.no_grad():
             for name, weight in before.items():
                 self.model.get_parameter(name).copy_(weight)
@@ -194,6 +198,8 @@ class Comparison:
             seconds["keys"] += seconds.pop("values") + seconds.pop("past keys")
             self.reference.seconds |= seconds
             if "targets" in self.reference.seconds:
+                parts = [self.reference.peak.get(part) for part in ("targets", "keys, solve and write")]
+                self.reference.peak |= {"apply": max(found)} if (found := [peak for peak in parts if peak]) else {}
                 self.reference.seconds["apply"] = self.reference.seconds["targets"] + sum(seconds.values())
         return targets
 
