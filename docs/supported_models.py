@@ -41,10 +41,10 @@ PAGE = """# Supported models
 came out for a tiny random model of every causal-LM family in transformers {version}; it was written by
 `python docs/supported_models.py`, and `pytest -m slow tests/test_families.py` checks the same.
 
-**{edited} families are edited correctly**: three requests in up to two layers, and the change of the hidden state that
-the edited model's own forward pass shows at the last edited layer is the predicted one (relative error below 1e-3 in
-float32). **{refused} are refused** within seconds, by name and reason. {unbuildable} could not be made small enough, or
-need packages that are not installed, and were not tried: {skipped}.
+**{edited} families are edited correctly**: three requests in up to two layers, and the change of the hidden state
+that the edited model's own forward pass shows at the last edited layer is the predicted one (relative error below
+1e-3 in float32). **{refused} are refused** within seconds, by name and reason. {unbuildable} could not be made small
+enough, or need packages that are not installed, and were not tried: {skipped}.
 
 For one model, with its own weights, `hf-alphaedit check MODEL` says the same, and what statistics and edits will cost.
 
@@ -65,12 +65,12 @@ For one model, with its own weights, `hf-alphaedit check MODEL` says the same, a
 | placement | |
 | --- | --- |
 | one device, float32, bfloat16, float16 | edited; the update is computed in float32 and float64 and rounded once |
-| `device_map` over several devices, CPU or disk offload | edited; the store that accelerate loads from is written, a checkpoint in the cache never |
+| `device_map`, CPU or disk offload | edited; accelerate's own store is written, a checkpoint in the cache never |
 | `accelerate.cpu_offload`, `disk_offload` | edited; load with `device_map` if the model is to be saved |
 | `torch.compile`d models | edited through the module that was compiled |
 | gradient checkpointing, train mode, `requires_grad=False` | edited; flags are as before on return |
 | tied embeddings | edited; ties are kept |
-| several processes (`accelerate launch`) | edited; the requests are shared out, every process writes the same weights |
+| several processes (`accelerate launch`) | edited; requests are shared out, all processes get the same weights |
 | PEFT-wrapped | refused: merge the adapter, or edit the base model first |
 | tensor-parallel or fully sharded (DTensor) | refused: load without `tp_plan` or FSDP |
 | quantised (bitsandbytes, GPTQ, GGUF, ...) | refused with the remedy: load in bfloat16, or with `dequantize=True` |

@@ -45,7 +45,6 @@ class FamilyResult:
 
 
 
-
 def edit_family(model: PreTrainedModel, layers: tuple[int, ...] | None = None) -> FamilyResult:
     """Edit `model` with next to no ridge and no protected directions, so that every target is met.
 
@@ -57,18 +56,17 @@ def edit_family(model: PreTrainedModel, layers: tuple[int, ...] | None = None) -
         architecture = resolve_architecture(model)
         layers = tuple(architecture.editable_layers()[:2])
     architecture = resolve_architecture(model, layers=layers)
-    tokenizer = tiny_tokenizer()
     before, logits_before = plain_values(architecture, layers[-1])
     edited = edit(architecture, layers)
     after, logits_after = plain_values(architecture, layers[-1])
     predicted = before + edited.targets.values - edited.targets.initial  # (n, h)
     if not architecture.additive:  # the lower layers have changed what comes in: the last group starts from there
         predicted = edited.targets.values
-    change = after - before
+    change, wanted = after - before, edited.targets.values - edited.targets.initial
     return FamilyResult(
         architecture,
         layers,
-        float(((after - predicted).norm(dim=-1) / (edited.targets.values - edited.targets.initial).norm(dim=-1)).max()),
+        float(((after - predicted).norm(dim=-1) / wanted.norm(dim=-1)).max()),
         float((change.norm(dim=-1) / before.norm(dim=-1)).min()),
         float((logits_after - logits_before).abs().max()),
     )

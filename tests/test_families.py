@@ -13,7 +13,8 @@ from hf_alphaedit.models.architecture import resolve_architecture
 
 
 # One of each kind: Conv1D, tuple outputs and parallel blocks, ALiBi, learned positions, a norm after the
-# down-projection with soft-caps and sliding windows, a residual multiplier, shared experts, a hybrid with a state space.
+# down-projection with soft-caps and sliding windows, a residual multiplier, shared experts, a hybrid with a state
+# space, blocks that return a list.
 FAST = ("llama", "gpt2", "gptj", "bloom", "opt", "gemma2", "granite", "qwen2_moe", "bamba", "openai-gpt")
 TOLERANCE = 1e-3
 
@@ -22,6 +23,14 @@ def build(family: str) -> PreTrainedModel:
     with warnings.catch_warnings():  # some families of transformers warn about their own code
         warnings.simplefilter("ignore")
         return family_model(family)
+
+
+def refusal(model: PreTrainedModel) -> str:
+    try:
+        resolve_architecture(model)
+    except UnsupportedModelError as error:
+        return str(error)
+    return ""
 
 
 @pytest.mark.parametrize("family", FAST)
@@ -37,10 +46,9 @@ def test_the_edited_model_does_what_the_edit_says(family: str) -> None:
 def test_every_family_is_edited_correctly_or_refused_by_name(family: str) -> None:
     model = build(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    try:
-        resolve_architecture(model)
-    except UnsupportedModelError as error:
-        assert len(str(error)) > 40, "a refusal says what is wrong and what to do"
+    reason = refusal(model)
+    if reason:
+        assert len(reason) > 40, "a refusal says what is wrong and what to do"
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         return
     result = edit_family(model)

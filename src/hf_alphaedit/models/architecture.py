@@ -100,6 +100,7 @@ def resolve_architecture(
     """Find the editable parts of `model` within seconds, and run one short forward pass to see how they add up.
 
     Args:
+        model: a plain model, see `placement.plain_model`.
         target_module: path of the down-projection with {} for the layer; None finds it.
         layers: the layers to probe, those that will be edited; None takes the middle one.
 
@@ -146,12 +147,13 @@ def _decoder_blocks(model: PreTrainedModel, count: int) -> tuple[str, nn.ModuleL
         if len(found) == 1:
             return found[0]
     raise UnsupportedModelError(
-        f"{type(model).__name__} has {len(found)} lists of {count} modules; exactly one list of decoder blocks is needed"
+        f"{type(model).__name__} has {len(found)} lists of {count} modules; exactly one list of decoder blocks is "
+        "needed"
     )
 
 
 def _down_projection(blocks: nn.ModuleList, hidden_size: int) -> str:
-    """Path of the down-projection inside a block: by its usual names, else by its shape, else that of shared experts."""
+    """Path of the down-projection inside a block: by its usual names, by its shape, or that of shared experts."""
     counts: dict[str, Counter[str]] = {"named": Counter(), "shaped": Counter(), "shared": Counter()}
     for block in blocks:
         for name, module in block.named_modules():
@@ -169,22 +171,22 @@ def _down_projection(blocks: nn.ModuleList, hidden_size: int) -> str:
                 counts["shaped"][name] += 1
     named = counts["named"] or counts["shaped"]
     # A few first layers may be dense where all others are mixtures of experts: what most layers have is meant.
-    candidates = named if max(named.values(), default=0) >= max(counts["shared"].values(), default=0) else counts["shared"]
+    candidates = max(named, counts["shared"], key=lambda counter: max(counter.values(), default=0))
     most = max(candidates.values(), default=0)
     paths = [path for path, number in candidates.items() if number == most]
     if len(paths) == 1:
         return paths[0]
     kind = type(blocks[0]).__name__
-    experts = sorted({type(module).__name__ for module in blocks.modules() if type(module).__name__.endswith("Experts")})
+    experts = sorted({type(part).__name__ for part in blocks.modules() if type(part).__name__.endswith("Experts")})
     if not paths and experts:
         raise UnsupportedModelError(
-            f"the {kind} blocks have no dense or shared feed-forward, only a mixture of experts ({', '.join(experts)}) "
-            "that can't be edited; set target_module to another matrix that runs for every token"
+            f"the {kind} blocks have no dense or shared feed-forward, only a mixture of experts "
+            f"({', '.join(experts)}) that can't be edited; set target_module to a matrix that runs for every token"
         )
     if not paths:
         raise UnsupportedModelError(
-            f"the {kind} blocks have no feed-forward block with a down-projection of {hidden_size} outputs; if they have "
-            "one under another name, set target_module, e.g. 'model.layers.{}.mlp.down_proj'"
+            f"the {kind} blocks have no feed-forward block with a down-projection of {hidden_size} outputs; if they "
+            "have one under another name, set target_module, e.g. 'model.layers.{}.mlp.down_proj'"
         )
     raise UnsupportedModelError(
         f"the {kind} blocks have several down-projections, {sorted(paths)}; choose one with target_module, e.g. "

@@ -94,9 +94,16 @@ def encode_prompt(
 def encode_with_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids with special tokens, those at the end dropped, and the span of characters of each token.
 
-    Tokenizers without offsets (no fast backend) get spans from the lengths of decoded beginnings.
+    A text that begins with a special token, as chat templates write them, gets no others. Tokenizers without offsets
+    (no fast backend) get spans from the lengths of decoded beginnings.
     """
-    encoded = tokenizer(text, return_special_tokens_mask=True, return_offsets_mapping=tokenizer.is_fast)
+    complete = text.startswith(tuple(tokenizer.all_special_tokens))
+    encoded = tokenizer(
+        text,
+        add_special_tokens=not complete,
+        return_special_tokens_mask=True,
+        return_offsets_mapping=tokenizer.is_fast,
+    )
     token_ids, special = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
     if tokenizer.is_fast:
         spans = [tuple(span) for span in encoded["offset_mapping"]]

@@ -78,6 +78,8 @@ def align_rows(
     """Run whole rows once and keep what later passes with a delta at `delta_layer` need.
 
     Args:
+        architecture: the model's parts.
+        rows: the rows, each with its own subject.
         delta_layer: the layer whose value is to be changed; blocks below `resume_block` won't run again.
         cached: split the rows at the subject and keep attention states, where every block has such states; otherwise,
             or with False, keep whole rows, which works for every causal model, whatever its cache.
@@ -96,9 +98,7 @@ def align_rows(
             found = None
         if found is not None:
             return found
-    whole = _run_rows(architecture, rows, delta_layer, cached=False)
-    assert whole is not None
-    return whole
+    return _run_rows(architecture, rows, delta_layer, cached=False)  # ty: ignore[invalid-return-type]
 
 
 def _run_rows(
@@ -177,6 +177,9 @@ def resume_rows(
     """Run the blocks that a delta at `delta_layer` reaches, with it added at the subject; differentiable in `delta`.
 
     Args:
+        architecture: the model's parts.
+        aligned: what `align_rows` kept, made for the same `delta_layer`.
+        delta_layer: the layer whose value is changed.
         delta: (B, h) added to the output of the value module of `delta_layer` at each row's subject column.
         positions: (row, column) of the (p,) positions whose logits are wanted.
 

@@ -1,4 +1,4 @@
-"""What may wrap a model, or have become of its weights: taken off where that is harmless, refused with a remedy else."""
+"""What wraps a model, or has become of its weights: taken off where that is harmless, else refused with a remedy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
             )
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if inner is None:
-            raise UnsupportedModelError(f"{name} is no transformers PreTrainedModel; load it with AutoModelForCausalLM")
+            raise UnsupportedModelError(
+                f"{name} is no transformers PreTrainedModel; load it with AutoModelForCausalLM"
+            )
         model = inner
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModelError(

@@ -92,8 +92,8 @@ def probe_additivity(architecture: Architecture, layers: Sequence[int]) -> dict[
         name = architecture.site(layer).name
         if layer not in added:
             raise UnsupportedModelError(
-                f"{name} doesn't run when block {layer} of {type(model).__name__} does (it is fused, skipped or one of "
-                "several experts), so an edit of it might have no effect; set target_module to a module that runs"
+                f"{name} doesn't run when block {layer} of {type(model).__name__} does (it is fused, skipped or one "
+                "of several experts), so an edit of it might have no effect; set target_module to a module that runs"
             )
         if layer not in changes:
             raise UnsupportedModelError(

@@ -1,0 +1,143 @@
+"""Token rows: where the subject ends, whatever the tokenizer does at the beginning, at the end and in between."""
+
+import pytest
+from tiny import BEGIN, END, tiny_tokenizer
+from tokenizers import normalizers, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from hf_alphaedit.errors import RequestError
+from hf_alphaedit.models.encoding import encode_prompt, encode_request, encode_target, encode_with_spans
+from hf_alphaedit.requests import EditRequest
+
+
+PROMPTS = [
+    ("The capital of {} is", "Norway"),
+    ("{} is known for", "Marie Curie"),
+    ("The work of {}'s student, {braces}, is", "Johann Sebastian Bach"),
+    ("{}", "Ada Lovelace"),
+    ("中国的首都{}是", "北京"),
+    ("On {}, people say", "🙂 day"),
+    ("a {} b", "trailing space "),
+    ("Søren met {} in", "Łukasz Żółć"),
+]
+KINDS = [("byte_level", False), ("byte_level", True), ("metaspace", False), ("metaspace", True)]
+CHAT = (
+    "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+class WithoutOffsets(PreTrainedTokenizerFast):
+    """A tokenizer that can't say which characters a token stands for, as those without a fast backend."""
+
+    @property
+    def is_fast(self) -> bool:
+        return False
+
+    def __call__(self, *arguments, return_offsets_mapping: bool = False, **keywords):
+        assert not return_offsets_mapping, "this tokenizer has no offsets"
+        return super().__call__(*arguments, **keywords)
+
+
+def without_offsets(kind: str, bos: bool) -> PreTrainedTokenizerBase:
+    fast = tiny_tokenizer(kind, bos=bos)
+    return WithoutOffsets(
+        tokenizer_object=fast.backend_tokenizer, eos_token=END, bos_token=fast.bos_token, pad_token=fast.pad_token
+    )
+
+
+def subject_by_decoding(tokenizer: PreTrainedTokenizerBase, ids: list[int], prompt: str, subject: str) -> int:
+    """The first token after which the decoded text holds the whole subject: an oracle that uses no offsets."""
+    wanted = prompt[: prompt.index("{}")] + subject.rstrip()
+    for count in range(1, len(ids) + 1):
+        if tokenizer.decode(ids[:count], skip_special_tokens=True).strip().startswith(wanted.strip()):
+            return count - 1
+    raise AssertionError("the subject is nowhere")
+
+
+@pytest.mark.parametrize(("prompt", "subject"), PROMPTS)
+@pytest.mark.parametrize(("kind", "bos"), KINDS)
+def test_the_subject_ends_where_its_last_character_is(kind: str, bos: bool, prompt: str, subject: str) -> None:
+    tokenizer = tiny_tokenizer(kind, bos=bos)
+    ids, index = encode_prompt(tokenizer, prompt, subject)
+    assert index == subject_by_decoding(tokenizer, ids, prompt, subject)
+    assert (ids[0] == tokenizer.bos_token_id) is bos
+
+
+@pytest.mark.parametrize(("prompt", "subject"), PROMPTS)
+@pytest.mark.parametrize(("kind", "bos"), KINDS)
+def test_without_offsets_the_rows_are_the_same(kind: str, bos: bool, prompt: str, subject: str) -> None:
+    assert encode_prompt(without_offsets(kind, bos), prompt, subject) == encode_prompt(
+        tiny_tokenizer(kind, bos=bos), prompt, subject
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_a_missing_pad_token_change_nothing(side: str) -> None:
+    request = EditRequest("The capital of {} is", "Norway", "Lima")
+    plain = encode_request(tiny_tokenizer(), request, ("So: {}",))
+    assert encode_request(tiny_tokenizer(pad=False, padding_side=side), request, ("So: {}",)) == plain
+
+
+def test_a_token_that_the_tokenizer_puts_at_the_end_is_dropped() -> None:
+    tokenizer = tiny_tokenizer(bos=True)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A {END}", special_tokens=[(BEGIN, 1), (END, 0)]
+    )
+    assert tokenizer("Norway")["input_ids"][-1] == tokenizer.eos_token_id
+    request = EditRequest("The capital of {} is", "Norway", "Lima")
+    appending, plain = encode_request(tokenizer, request), encode_request(tiny_tokenizer(bos=True), request)
+    assert appending == plain
+
+
+@pytest.mark.parametrize(("kind", "bos"), KINDS)
+def test_prompt_and_target_are_the_tokens_of_the_whole_text(kind: str, bos: bool) -> None:
+    tokenizer = tiny_tokenizer(kind, bos=bos)
+    encoded = encode_request(tokenizer, EditRequest("The capital of {} is", "Norway", "Lima"))
+    row = encoded.rows[0]
+    assert [*row.token_ids, encoded.target[-1]] == encode_with_spans(tokenizer, "The capital of Norway is Lima")[0]
+    assert len(row.token_ids) - row.first_prediction == len(encoded.target)
+
+
+def test_contexts_come_before_and_keep_the_subject() -> None:
+    tokenizer = tiny_tokenizer(bos=True)
+    bare, framed = encode_request(
+        tokenizer, EditRequest("The capital of {} is", "Norway", "Lima"), ("People say. {}",)
+    ).rows
+    assert framed.subject > bare.subject
+    assert framed.token_ids[framed.subject] == bare.token_ids[bare.subject]
+    assert framed.until_subject().token_ids == framed.token_ids[: framed.subject + 1]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_chat_template_brings_its_own_special_tokens(bos: bool) -> None:
+    tokenizer = tiny_tokenizer(bos=bos)
+    tokenizer.add_special_tokens({"additional_special_tokens": [BEGIN]})
+    tokenizer.chat_template = CHAT
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "The capital of {} is"}], tokenize=False, add_generation_prompt=True
+    )
+    ids, subject = encode_prompt(tokenizer, prompt, "Norway")
+    assert ids.count(1) == 1
+    assert ids[0] == 1
+    assert tokenizer.decode(ids[: subject + 1]).endswith("The capital of Norway")
+    whole = tokenizer(prompt.replace("{}", "Norway"), add_special_tokens=False)["input_ids"]
+    assert ids == whole
+
+
+def test_a_target_that_merges_with_the_prompt_is_encoded_alone() -> None:
+    tokenizer = tiny_tokenizer()
+    prompt, target = "The capital of France is", "land"
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    joint = tokenizer(prompt + target)["input_ids"]
+    expected = (
+        joint[len(prompt_ids) :] if joint[: len(prompt_ids)] == prompt_ids else tokenizer(target)["input_ids"]
+    )
+    assert encode_target(tokenizer, prompt, target) == expected
+
+
+def test_a_subject_that_the_tokenizer_drops_is_refused() -> None:
+    tokenizer = tiny_tokenizer("metaspace")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("§", "")
+    with pytest.raises(RequestError, match="no token holds the last character"):
+        encode_prompt(tokenizer, "{} is", "§")
