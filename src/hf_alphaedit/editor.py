@@ -2,218 +2,64 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from functools import cached_property, partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
-from hf_alphaedit.algorithm.nullspace import SpectralFilter, Spectrum
-from hf_alphaedit.atomic import all_or_nothing, unedited, write_weights
-from hf_alphaedit.batches import Batch
-from hf_alphaedit.config import AlphaEditConfig
-from hf_alphaedit.filters import build_filters, collect_moments, null_rank_of
-from hf_alphaedit.history import HISTORY_NAME, History
-from hf_alphaedit.models.architecture import resolve_architecture
-from hf_alphaedit.models.fingerprint import model_fingerprint, tokenizer_fingerprint
-from hf_alphaedit.models.hooks import inference_state
-from hf_alphaedit.models.placement import plain_model
-from hf_alphaedit.models.weights import EditSite
-from hf_alphaedit.presets import config_for
-from hf_alphaedit.repository import commit_of, local_copy
-from hf_alphaedit.statistics import SecondMoments, default_cache_directory
-from hf_alphaedit.statistics_report import StatisticsReport, report_statistics
-from hf_alphaedit.undo import undo
+from hf_alphaedit.applying import apply_edits
+from hf_alphaedit.diff import diff
+from hf_alphaedit.edited_model import EditedModel
+from hf_alphaedit.evaluation.protocol import DEFAULT_METRICS, evaluate
+from hf_alphaedit.hub import push_to_hub
+from hf_alphaedit.lora import export_lora
+from hf_alphaedit.pack import load_edits, save_edits
+from hf_alphaedit.preflight import preflight
+from hf_alphaedit.processes import Processes
+from hf_alphaedit.saving import save_editor
+from hf_alphaedit.tracing import trace
+from hf_alphaedit.tuning import tune
+from hf_alphaedit.undo import remove, undo
 
 
 if TYPE_CHECKING:
-    from hf_alphaedit.corpus import Corpus
+    from hf_alphaedit.diff import DiffReport
+    from hf_alphaedit.evaluation.report import EvaluationReport
     from hf_alphaedit.gate import Gate
+    from hf_alphaedit.lora import ExportReport
+    from hf_alphaedit.pack import PackReport
     from hf_alphaedit.preflight_report import PreflightReport
     from hf_alphaedit.records import Record
     from hf_alphaedit.report import EditReport
     from hf_alphaedit.requests import EditRequest
+    from hf_alphaedit.trace_report import TraceReport
     from hf_alphaedit.tuning_report import TuningReport
 
-logger = logging.getLogger(__name__)
+    Fact = Record | EditRequest | Mapping[str, Any]
 
 
-class AlphaEditor:
+class AlphaEditor(EditedModel):
     """Edits facts in a causal language model and keeps the sequence of edits.
 
     The model stays the user's own plain model; its weights at the edited layers are changed in place. Hooks live only
-    while a call runs.
-
-    Attributes:
-        model: the (edited) model.
-        tokenizer: its tokenizer; never changed.
-        config: the settings, layers included.
-        history: all edits so far.
-        architecture: the parts of the model that editing touches.
+    while a call runs. How it is made, loaded and prepared is in `EditedModel`.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        config: AlphaEditConfig | Mapping[str, Any] | str | Path | None = None,
-        *,
-        history: History | None = None,
-        base_revision: str | None = None,
-    ) -> None:
-        """Wrap a model that is already loaded.
+    def preflight(self, requests: Iterable[Fact], **options: Any) -> PreflightReport:
+        """Look for problems without changing anything.
 
         Args:
-            config: settings, a preset's name or a path; None finds the preset for the model's shape or derives one.
-            history: earlier edits of this very model (from `History.load`); None means it is unedited.
-            base_revision: commit of the model on the Hub, where known.
+            requests: as for `apply_edits`.
+            options: see `hf_alphaedit.preflight.preflight`.
 
         Raises:
-            UnsupportedModelError: the model can't be edited correctly; the message names the reason.
-            ConfigError: the settings can't be used.
-            StateError: `history` belongs to other weights, another tokenizer or other layers.
+            RequestError: `requests` is empty or no list; problems of single requests are in the report.
         """
-        model = plain_model(model)
-        self.model, self.tokenizer = model, tokenizer
-        self.config = config_for(model, config)
-        self.architecture = resolve_architecture(model, self.config.target_module, self.config.layers)
-        self._moments: SecondMoments | None = None
-        self._spectra: dict[str, Spectrum] | None = None
-        self._filters: dict[str, SpectralFilter] | None = None
-        sites = self.sites()
-        tokenizer_name = tokenizer_fingerprint(tokenizer)
-        if history is None:
-            history = History(
-                model_fingerprint(model), tokenizer_name, base_model=model.config.name_or_path or None,
-                base_revision=base_revision,
-            )  # fmt: skip
-        else:
-            history.check(
-                base_fingerprint=model_fingerprint(model, history.base_weights),
-                tokenizer_fingerprint=tokenizer_name, sites=sites,
-            )  # fmt: skip
-            history.check_edited(sites)
-        self.history = history
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        config: AlphaEditConfig | Mapping[str, Any] | str | Path | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        trust_remote_code: bool = False,
-        **model_kwargs: Any,
-    ) -> Self:
-        """Load model and tokenizer, and the earlier edits if the directory or repository holds any.
-
-        Args:
-            pretrained_model_name_or_path: a Hub id or a directory.
-            config: as in `AlphaEditor(...)`; None takes the settings saved with the edits, if there are any.
-            model_kwargs: passed to `AutoModelForCausalLM.from_pretrained` as they are (`dtype`, `device_map`, ...).
-
-        Raises:
-            OSError: the model can't be found (transformers' own message).
-            UnsupportedModelError, ConfigError, StateError: as `AlphaEditor(...)`.
-        """
-        name = str(pretrained_model_name_or_path)
-        hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        hub = {key: value for key, value in hub.items() if value is not None}
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
-        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, **hub, **model_kwargs)
-        history_file = local_copy(name, HISTORY_NAME, **hub)
-        history = None if history_file is None else History.load(history_file)
-        if history is not None and config is None:
-            config = AlphaEditConfig.from_dict(dict(history.batches[-1].settings)) if history.batches else None
-        return cls(model, tokenizer, config, history=history, base_revision=commit_of(name, **hub))
-
-    def sites(self) -> list[EditSite]:
-        """The weights that edits go to, in ascending order of layers."""
-        return [self.architecture.site(layer) for layer in self.config.layers or ()]
-
-    @cached_property
-    def second_moment_directory(self) -> Path:
-        """Where this model's second moments are kept."""
-        return default_cache_directory(self.history.base_model or type(self.model).__name__)
-
-    def reconfigure(self, config: AlphaEditConfig) -> None:
-        """Go on with other settings; filters are built again when they are needed."""
-        if config != self.config:
-            self.architecture = resolve_architecture(self.model, config.target_module, config.layers)
-            self.config, self._filters = config, None
-            if self._moments is not None and any(site.name not in self._moments.moments for site in self.sites()):
-                self._moments = self._spectra = None
-
-    def prepare(
-        self, corpus: Corpus | None = None, *, num_tokens: int | None = None, force: bool = False,
-        convergence: bool = False,
-    ) -> StatisticsReport:  # fmt: skip
-        """Collect the second moments of the unedited model's keys: the long step, done once and cached.
-
-        Args:
-            corpus: texts, a local .txt or .jsonl file, or a data set's id; "self" samples text from the model. None
-                takes Wikipedia from the Hub, or "self" (with a warning) where the Hub can't be reached.
-            num_tokens: tokens to read; None means `config.tokens_per_dimension` for each dimension of a key.
-            force: compute again even if there is a cached result.
-            convergence: also compare the two halves of the corpus, to see whether the text was enough.
-
-        Raises:
-            StatisticsError: the corpus is empty or can't be read, or the keys are not finite.
-        """
-        with self.unedited(), inference_state(self.model):
-            self._moments = collect_moments(self, corpus, num_tokens=num_tokens, force=force)
-        self._spectra = self._filters = None
-        return report_statistics(
-            self._moments, self.spectra(), partial(null_rank_of, config=self.config), convergence=convergence
-        )
-
-    def filters(self) -> dict[str, SpectralFilter]:
-        """The filter of each site's key spectrum; collects the statistics if that hasn't been done."""
-        if self._filters is None:
-            self._filters = build_filters(self.spectra(), self.config)
-        return self._filters
-
-    def second_moments(self) -> dict[str, Tensor]:
-        """Site name -> E[k kᵀ] (d, d) float32 of the unedited model; collects them if that hasn't been done."""
-        if self._moments is None:
-            self.prepare()
-        return cast(SecondMoments, self._moments).moments
-
-    def spectra(self) -> dict[str, Spectrum]:
-        """Site name -> eigen-decomposition of its second moment."""
-        if self._spectra is None:
-            self._spectra = {name: Spectrum.of(moment) for name, moment in self.second_moments().items()}
-        return self._spectra
-
-    def tune(self, directory: str | Path, records: Iterable[Record] | None = None, **options: Any) -> TuningReport:
-        """Search settings for this model by measurement; see `hf_alphaedit.tuning.tune` for the options."""
-        from hf_alphaedit.tuning import tune
-
-        return tune(self, directory, records, **options)
-
-    @property
-    def is_prepared(self) -> bool:
-        """Whether the second moments are there, so that `filters()` reads no corpus."""
-        return self._moments is not None
-
-    def preflight(
-        self, requests: Iterable[Record | EditRequest | Mapping[str, Any]], **options: Any
-    ) -> PreflightReport:
-        """Look for problems without changing anything; see `hf_alphaedit.preflight.preflight` for the options."""
-        from hf_alphaedit.preflight import preflight
-
         return preflight(self, requests, **options)
 
     def apply_edits(
         self,
-        requests: Iterable[Record | EditRequest | Mapping[str, Any]],
+        requests: Iterable[Fact],
         *,
         batch_size: int | None = None,
         seed: int = 0,
@@ -243,26 +89,98 @@ class AlphaEditor:
             EditingError: the computation failed; weights, hooks, flags and random state are as before.
             GateError: the gate wasn't passed; everything is as before, and the report is in the error.
         """
-        from hf_alphaedit.applying import apply_edits
-
         return apply_edits(
             self, requests, batch_size=batch_size, seed=seed, preflight=preflight, gate=gate, retry=retry,
             drop_failed=drop_failed,
         )  # fmt: skip
 
+    @contextmanager
+    def applied(self, requests: Iterable[Fact], **options: Any) -> Iterator[EditReport]:
+        """Edits for the length of a `with` block, which gets the report of `apply_edits`.
+
+        On exit weights, edits and context templates are those from before the block, whatever was done inside it.
+
+        Args:
+            requests: as for `apply_edits`.
+            options: the other arguments of `apply_edits`.
+        """
+        batches, contexts = list(self.history.batches), self.history.contexts
+        report = self.apply_edits(requests, **options)
+        try:
+            yield report
+        finally:
+            self.write_batches(batches)
+            self.history.contexts = contexts
+
     def undo(self, batches: int = 1) -> None:
-        """Take back the last batches, bit for bit; see `hf_alphaedit.undo` for this and for taking out one edit."""
+        """Take back the last batches, bit for bit.
+
+        Args:
+            batches: how many.
+
+        Raises:
+            StateError: `batches` is less than 1, or more than there are.
+        """
         undo(self, batches)
 
     def undo_all(self) -> None:
-        """Take back every edit: the edited weights are those of the base model."""
+        """Take back every edit: the edited weights are those of the base model, bit for bit."""
         self.write_batches([])
 
-    def write_batches(self, batches: Sequence[Batch]) -> None:
-        """Make `batches` the history and give every site the weight that follows from it; all or nothing."""
-        with self.all_or_nothing():
-            self.history.batches[:] = batches
-            self.write_weights()
+    def remove(self, which: EditRequest | int, *, replay: bool = False) -> None:
+        """Take out one edit and keep all others; what is exact about it is told in `hf_alphaedit.undo.remove`.
+
+        Args:
+            which: the request, or its index among all edits (negative counts from the end).
+            replay: make all other edits again, which is exact, instead of solving again from the stored keys.
+
+        Raises:
+            StateError: there is no such edit or several, or what is needed isn't stored.
+        """
+        remove(self, which, replay=replay)
+
+    def evaluate(
+        self, records: Iterable[Fact] = (), *, metrics: Sequence[str] = DEFAULT_METRICS, **options: Any
+    ) -> EvaluationReport:
+        """Measure the model as it is now; nothing is changed.
+
+        Args:
+            records: what to ask; each metric uses the records that have the prompts it needs.
+            metrics: what to measure; see `hf_alphaedit.evaluation.protocol.evaluate`, also for all below.
+            options: further data (`held_out`, `lambada`, `choices`, `corpus`), and how to measure.
+
+        Raises:
+            ValueError: an unknown metric, or one without the data it needs.
+            RequestError: a record can't be used.
+        """
+        return evaluate(self.model, self.tokenizer, records, metrics=metrics, **options)
+
+    def diff(self) -> DiffReport:
+        """What the edits changed in each weight; with the share of corpus energy if the statistics are there."""
+        return diff(self, self.second_moments() if self.is_prepared else None)
+
+    def trace(self, facts: Iterable[Fact], **options: Any) -> TraceReport:
+        """Causal tracing of facts in the unedited model, and the layers it suggests to edit.
+
+        Args:
+            facts: with the answer that the model knows; see `hf_alphaedit.tracing.trace`.
+            options: see there.
+
+        Raises:
+            RequestError: a fact can't be used, or the model knows none of them.
+        """
+        with self.unedited():
+            return trace(self.architecture, self.tokenizer, facts, **options)
+
+    def tune(self, directory: str | Path, records: Iterable[Record] | None = None, **options: Any) -> TuningReport:
+        """Search settings for this model by measurement.
+
+        Args:
+            directory: gets the log of the trials, from which the search resumes, and the resulting preset.
+            records: facts to try settings on; None takes its own.
+            options: see `hf_alphaedit.tuning.tune`.
+        """
+        return tune(self, directory, records, **options)
 
     def save_pretrained(
         self, save_directory: str | Path, *, include_requests: bool = True, **save_kwargs: Any
@@ -270,27 +188,92 @@ class AlphaEditor:
         """Write a plain transformers checkpoint, plus the settings, the edits and a model card.
 
         Args:
+            save_directory: is made if it doesn't exist.
             include_requests: with False no text of a request is written anywhere.
             save_kwargs: passed to the model's `save_pretrained` as they are (`max_shard_size`, ...).
         """
-        from hf_alphaedit.saving import save_editor
-
         save_editor(self, Path(save_directory), include_requests=include_requests, **save_kwargs)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what `save_pretrained` writes; returns the URL. Options: see `hf_alphaedit.hub.push_to_hub`."""
-        from hf_alphaedit.hub import push_to_hub
+    def save_edits(
+        self, directory: str | Path, *, include_requests: bool = True, include_keys: bool = False
+    ) -> PackReport:
+        """Write the edits alone, as a small patch for the unedited model; `load_edits` is its inverse.
 
-        return push_to_hub(self, repo_id, **options)
+        Args:
+            directory: is made if it doesn't exist.
+            include_requests: with False no text of a request is written.
+            include_keys: write the keys too, so that edits made after `load_edits` leave these in place.
 
-    def write_weights(self) -> None:
-        """Give every site the weight that follows from the history."""
-        write_weights(self)
+        Raises:
+            StateError: there are no edits.
+        """
+        return save_edits(
+            self, directory, include_requests=include_requests, include_keys=include_keys,
+            is_main_process=Processes.current().is_main,
+        )  # fmt: skip
 
-    def all_or_nothing(self) -> AbstractContextManager[None]:
-        """Put weights and history back as they were if the block fails, whatever the reason."""
-        return all_or_nothing(self)
+    def load_edits(self, directory_or_repo: str | Path, **hub: Any) -> None:
+        """Apply what `save_edits` wrote to this model, on top of the edits it has; all or nothing.
 
-    def unedited(self) -> AbstractContextManager[None]:
-        """The base model's weights inside the block; the edited ones again on exit."""
-        return unedited(self)
+        Args:
+            directory_or_repo: a directory, or a Hub repository.
+            hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Raises:
+            StateError: the edits are damaged, or belong to another base model, layer, tokenizer or dtype.
+        """
+        load_edits(self, directory_or_repo, **hub)
+
+    def export_lora(
+        self, directory: str | Path, *, max_rank: int | None = None, allowed_ranks: Sequence[int] | None = None
+    ) -> ExportReport:
+        """Write the edits as a standard PEFT LoRA adapter of the unedited model.
+
+        Args:
+            directory: is made if it doesn't exist.
+            max_rank: cut each delta to this rank; the report has the error. None cuts nothing off.
+            allowed_ranks: pad to the smallest of these that is enough, for engines that take only some ranks.
+
+        Raises:
+            StateError: there are no edits.
+            ConfigError: `max_rank` is less than 1, or no allowed rank is enough.
+        """
+        return export_lora(self, directory, max_rank=max_rank, allowed_ranks=allowed_ranks)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = None,
+        tags: Sequence[str] | None = None,
+        include_requests: bool = True,
+    ) -> str:
+        """Upload what `save_pretrained` writes, in one commit; returns its address, or that of the pull request.
+
+        Args:
+            repo_id: name of the repository; it is made if it doesn't exist.
+            commit_message: None says how many facts were edited.
+            commit_description: longer text of the commit or pull request.
+            private: for a new repository; None takes the organisation's default.
+            token: None takes the one that `hf auth login` stored.
+            revision: branch to upload to; it is made if it doesn't exist.
+            create_pr: open a pull request instead of a commit on the branch.
+            max_shard_size: of the weight files; None takes transformers' default.
+            tags: for the card's metadata, beside our own.
+            include_requests: with False no text of a request is in any file of the commit.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: the Hub's own error, as it is.
+            huggingface_hub.errors.OfflineModeIsEnabled: the Hub is switched off by `HF_HUB_OFFLINE`.
+        """
+        return push_to_hub(
+            self, repo_id, commit_message=commit_message, commit_description=commit_description, private=private,
+            token=token, revision=revision, create_pr=create_pr, max_shard_size=max_shard_size, tags=tags,
+            include_requests=include_requests,
+        )  # fmt: skip

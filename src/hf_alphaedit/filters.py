@@ -16,19 +16,19 @@ from hf_alphaedit.statistics import SecondMoments, collect_second_moments
 
 
 if TYPE_CHECKING:
-    from hf_alphaedit.editor import AlphaEditor
+    from hf_alphaedit.edited_model import EditedModel
 
 logger = logging.getLogger(__name__)
 
 
 def collect_moments(
-    editor: AlphaEditor, corpus: Corpus | None, *, num_tokens: int | None = None, force: bool = False
+    editor: EditedModel, corpus: Corpus | None, *, num_tokens: int | None = None, force: bool = False
 ) -> SecondMoments:
     """The second moments of all the editor's sites.
 
     Args:
         editor: its model must have the unedited weights.
-        corpus: see `AlphaEditor.prepare`.
+        corpus: see `EditedModel.prepare`.
         num_tokens: see there.
         force: see there.
 

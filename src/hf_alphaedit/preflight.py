@@ -21,7 +21,7 @@ from hf_alphaedit.models.encoding import EncodedRequest, encode_request
 from hf_alphaedit.models.hooks import inference_state
 from hf_alphaedit.outcomes import NEW_TOKENS
 from hf_alphaedit.preflight_report import PreflightReport, RequestCheck
-from hf_alphaedit.records import as_requests
+from hf_alphaedit.records import Record, as_requests
 from hf_alphaedit.requests import EditRequest
 
 
@@ -37,7 +37,7 @@ FULL = 0.5
 
 
 def preflight(
-    editor: AlphaEditor, requests: Iterable[EditRequest | Mapping[str, Any]], *, similarity: float = SIMILAR
+    editor: AlphaEditor, requests: Iterable[Record | EditRequest | Mapping[str, Any]], *, similarity: float = SIMILAR
 ) -> PreflightReport:
     """Look for everything that could go wrong with `requests`; nothing is changed.
 
@@ -64,7 +64,7 @@ def preflight(
     return check_keys(editor, wanted, report, similarity=similarity) if editor.is_prepared else report
 
 
-def _read(requests: Iterable[EditRequest | Mapping[str, Any]]) -> tuple[list[EditRequest], list[str]]:
+def _read(requests: Iterable[Record | EditRequest | Mapping[str, Any]]) -> tuple[list[EditRequest], list[str]]:
     """The requests that can be read, and the messages of those that can't."""
     if isinstance(requests, (str, bytes, EditRequest, Mapping)) or not (items := list(requests)):
         return as_requests(requests), []  # raises, in its own words

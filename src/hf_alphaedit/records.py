@@ -84,7 +84,7 @@ def as_record(source: Record | EditRequest | Mapping[str, Any]) -> Record:
     return _from_flat(source)
 
 
-def as_requests(requests: Iterable[EditRequest | Mapping[str, Any]]) -> list[EditRequest]:
+def as_requests(requests: Iterable[Record | EditRequest | Mapping[str, Any]]) -> list[EditRequest]:
     """Requests in any accepted shape as a list of `EditRequest`.
 
     Accepted are `EditRequest`, the flat mapping with its field names, CounterFact's nested targets and whole

@@ -20,7 +20,7 @@ from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import TokenRow, encode_target, encode_with_spans
 from hf_alphaedit.models.forward import whole_rows
 from hf_alphaedit.models.hooks import inference_state
-from hf_alphaedit.records import as_record
+from hf_alphaedit.records import Record, as_record
 from hf_alphaedit.requests import PLACEHOLDER, EditRequest, joined_target
 from hf_alphaedit.trace_report import PLACES, TraceReport
 from hf_alphaedit.trace_runs import Runs, TracedFact, answer_logits
@@ -33,7 +33,7 @@ FACTS_AT_ONCE = 8  # their clean and corrupted states are kept in memory
 def trace(
     architecture: Architecture,
     tokenizer: PreTrainedTokenizerBase,
-    facts: Iterable[EditRequest | Mapping[str, Any]],
+    facts: Iterable[Record | EditRequest | Mapping[str, Any]],
     *,
     kinds: Sequence[str] = KINDS,
     places: Sequence[str] = PLACES,
@@ -108,7 +108,7 @@ def trace(
     return TraceReport(effects, total, len(encoded), sum(clean) / total, sum(corrupted) / total, settings)
 
 
-def _with_answer(fact: EditRequest | Mapping[str, Any]) -> tuple[EditRequest, str]:
+def _with_answer(fact: Record | EditRequest | Mapping[str, Any]) -> tuple[EditRequest, str]:
     if isinstance(fact, Mapping) and "attribute" in fact:
         fact = {**fact, "target_new": fact["attribute"], "target_true": fact["attribute"]}
     request = as_record(fact).request
