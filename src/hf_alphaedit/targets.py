@@ -19,6 +19,8 @@ from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import EncodedRequest, TokenRow
 from hf_alphaedit.models.forward import AlignedRows, align_rows, prediction_positions, resume_rows
 from hf_alphaedit.models.hooks import products_in, replaced_forward
+from hf_alphaedit.processes import Processes
+from hf_alphaedit.sharing import search_shared
 
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ def compute_targets(
     config: AlphaEditConfig,
     *,
     largest_chunk: int = LARGEST_CHUNK,
+    alone: bool = False,
 ) -> Targets:
     """Search the value at `layer` that makes the model say each target (paper, equation 3).
 
@@ -62,17 +65,33 @@ def compute_targets(
     into memory is halved. The result doesn't depend on the chunks, up to the order of floating-point sums. The model
     is not changed.
 
+    Args:
+        architecture: of the model.
+        requests: n encoded requests.
+        layer: whose value is searched for.
+        config: the settings.
+        largest_chunk: tokens that run side by side.
+        alone: search for all of them in this process, also where several were launched and would share them out.
+
     Raises:
         EditingError: a loss became NaN or infinite.
         UnsupportedModelError: the model's output can't be reproduced from stored states.
     """
     order = sorted(range(len(requests)), key=lambda index: suffix_length(requests[index]))
-    chunks = chunked(order, requests, largest_chunk)
     count, hidden_size = len(requests), architecture.hidden_size
     result = Targets(
         torch.empty(count, hidden_size), torch.empty(count, hidden_size), torch.empty(count, dtype=torch.int64),
         torch.empty(count), torch.empty(count, dtype=torch.bool),
     )  # fmt: skip
+    processes = Processes.current()
+    if processes.count > 1 and not alone:
+
+        def search(mine: Sequence[int]) -> Targets:
+            members = [requests[index] for index in mine]
+            return compute_targets(architecture, members, layer, config, largest_chunk=largest_chunk, alone=True)
+
+        return search_shared(processes, order, search, result)
+    chunks = chunked(order, requests, largest_chunk)
     dtype = product_dtype(architecture, config)
     modules = [module for block in architecture.blocks for module in block.modules()]
     products = products_in([*modules, architecture.head], dtype)
