@@ -1,6 +1,7 @@
 """Edits taken back: batches bit for bit, single edits by solving or editing again."""
 
 import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from safetensors.torch import load_file
 from synthetic import random_batches, random_editor, same_weights, weights_of
 from tiny import tiny_model, tiny_tokenizer, training_text
 
@@ -77,20 +79,6 @@ def test_undo_where_the_weights_are_offloaded(place: str, tmp_path: Path) -> Non
     assert torch.equal(model(tokens).logits, base)
 
 
-def test_undo_in_a_new_process(tmp_path: Path) -> None:
-    editor = random_editor("llama", dtype=torch.bfloat16)
-    editor.model.save_pretrained(tmp_path / "base")
-    editor.write_batches(random_batches(editor, (2, 1), scale=0.1))
-    editor.save_pretrained(tmp_path / "edited", include_requests=False)
-    program = (
-        "import sys; from hf_alphaedit import AlphaEditor; from hf_alphaedit.undo import undo_all\n"
-        "editor = AlphaEditor.from_pretrained(sys.argv[1])\n"
-        "undo_all(editor); editor.model.save_pretrained(sys.argv[2])"
-    )
-    subprocess.run([sys.executable, "-c", program, tmp_path / "edited", tmp_path / "undone"], check=True)
-    assert file_digests(tmp_path / "undone") == file_digests(tmp_path / "base")
-
-
 @pytest.mark.parametrize("batches", [0, -1, 3])
 def test_undo_of_what_was_not_done(batches: int) -> None:
     editor = random_editor("llama", (1, 1))
@@ -116,6 +104,43 @@ def editor(prepared: AlphaEditor):
     yield prepared
     undo_all(prepared)
     prepared.history.contexts = None
+
+
+def test_saved_edits_go_on_and_are_undone_in_a_new_process(editor: AlphaEditor, tmp_path: Path) -> None:
+    editor.model.save_pretrained(tmp_path / "base")
+    editor.apply_edits(REQUESTS[:2])
+    editor.save_pretrained(tmp_path / "first", include_requests=False)
+    report = editor.apply_edits(REQUESTS[2:])
+    editor.model.save_pretrained(tmp_path / "second")
+    program = """
+import json, sys
+from pathlib import Path
+from hf_alphaedit import AlphaEditor
+
+folder = Path(sys.argv[1])
+editor = AlphaEditor.from_pretrained(folder / "first")
+editor.prepare(json.loads(sys.argv[2]))
+report = editor.apply_edits(json.loads(sys.argv[3]))
+report.to_json(folder / "report.json")
+editor.model.save_pretrained(folder / "continued")
+editor.undo_all()
+editor.model.save_pretrained(folder / "undone")
+"""
+    texts, requests = training_text(), [request.to_dict() for request in REQUESTS[2:]]
+    arguments = [sys.executable, "-c", program, str(tmp_path), json.dumps(texts), json.dumps(requests)]
+    subprocess.run(arguments, check=True)
+
+    assert file_digests(tmp_path / "undone") == file_digests(tmp_path / "base")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("second", "continued"))
+    for name in one:
+        assert (one[name] - other[name]).norm() <= 1e-6 * one[name].norm(), name
+    reloaded = json.loads((tmp_path / "report.json").read_text())
+    for part in ("outcomes", "sites"):
+        for here, there in zip(report.to_dict()[part], reloaded[part], strict=True):
+            assert here.keys() == there.keys()
+            for name, value in here.items():
+                close = pytest.approx(value, rel=1e-3, abs=1e-6) if isinstance(value, float) else value
+                assert there[name] == close, (part, name)
 
 
 def published_update(

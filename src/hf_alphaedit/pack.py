@@ -139,12 +139,7 @@ def load_edits(editor: AlphaEditor, directory_or_repo: str | Path, **hub: Any) -
             f"{directory_or_repo} holds no {PACK_NAME}; give a directory that save_edits wrote or the name of a Hub "
             "repository that can be reached or is cached"
         )
-    document, tensors = read_state(path, PACK_KIND)
-    pack = History.from_header(document, path)
-    pack.batches = decode_batches(entry_of(document, "batches", list, path), tensors, path)
-    if tensors or not pack.batches:
-        raise StateError(f"{path} holds {sorted(tensors)[:3] or 'no batch'}; save it again with save_edits")
-
+    pack, document = read_pack(path)
     history, config = editor.history, editor.config
     settings = dict(pack.batches[-1].settings)
     if not history.batches and settings:
@@ -159,6 +154,20 @@ def load_edits(editor: AlphaEditor, directory_or_repo: str | Path, **hub: Any) -
         history.contexts = pack.contexts
     if not all(batch.keys for batch in pack.batches):
         logger.warning("%s has no keys: later edits are not kept from changing its %d edits", path, len(pack))
+
+
+def read_pack(path: Path) -> tuple[History, dict[str, Any]]:
+    """The edits in the file `path`, as a history without base weights, and the file's document.
+
+    Raises:
+        StateError: it is no pack, or a damaged one.
+    """
+    document, tensors = read_state(path, PACK_KIND)
+    pack = History.from_header(document, path)
+    pack.batches = decode_batches(entry_of(document, "batches", list, path), tensors, path)
+    if tensors or not pack.batches:
+        raise StateError(f"{path} holds {sorted(tensors)[:3] or 'no batch'}; save it again with save_edits")
+    return pack, document
 
 
 def _check_base(editor: AlphaEditor, pack: History, document: dict[str, Any], path: Path) -> None:
