@@ -248,3 +248,33 @@ def test_diff_without_edits_says_so() -> None:
     editor = AlphaEditor(tiny_model("llama"), tiny_tokenizer(), AlphaEditConfig(layers=(1,)))
     assert str(diff(editor)) == "no edits: every weight is the base model's"
     assert diff(editor).sites == ()
+
+
+@pytest.mark.slow
+def test_peft_gives_the_logits_of_smollm2_with_32_real_edits(smollm2, data_directory: Path, tmp_path: Path) -> None:
+    from peft import get_peft_model_state_dict
+
+    from hf_alphaedit.records import read_records
+
+    model, tokenizer = smollm2
+    records = read_records(data_directory / "counterfact.json")[:32]
+    with (data_directory / "wikipedia.jsonl").open(encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    editor = AlphaEditor(model, tokenizer)
+    editor.prepare(texts, num_tokens=8_000)
+    try:
+        editor.apply_edits([record.request for record in records])
+        export_lora(editor, tmp_path)
+        prompts = [record.request.text for record in records[:8]]
+        batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="right")
+        with torch.no_grad():
+            edited = model(**batch).logits
+    finally:
+        editor.undo_all()
+    with torch.no_grad():
+        wrapped = PeftModel.from_pretrained(model, tmp_path).eval()
+        try:
+            assert (wrapped(**batch).logits - edited).abs().max() < 1e-5 * edited.abs().max()
+            assert {len(value) for key, value in get_peft_model_state_dict(wrapped).items() if "lora_A" in key} == {32}
+        finally:
+            wrapped.unload()
