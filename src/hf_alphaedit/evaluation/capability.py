@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def run_lm_eval(
     """Run tasks of the lm-eval package on the model as it is in memory.
 
     lm-eval writes a pad token into the tokenizer, so it gets a copy, and would seed the global random states, which it
-    is kept from. The model's modes are as before on return.
+    is kept from. They and the model's modes are as before on return.
 
     Args:
         model: a causal language model.
@@ -55,13 +56,17 @@ def run_lm_eval(
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    with inference_state(model):
-        wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        output = simple_evaluate(
-            model=wrapped, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager,
-            log_samples=False, bootstrap_iters=BOOTSTRAP_ITERATIONS, random_seed=None, numpy_random_seed=None,
-            torch_random_seed=None, fewshot_random_seed=seed,
-        )  # fmt: skip
+    state = random.getstate()  # lm-eval draws a name for its run from it
+    try:
+        with inference_state(model):
+            wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+            output = simple_evaluate(
+                model=wrapped, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager,
+                log_samples=False, bootstrap_iters=BOOTSTRAP_ITERATIONS, random_seed=None, numpy_random_seed=None,
+                torch_random_seed=None, fewshot_random_seed=seed,
+            )  # fmt: skip
+    finally:
+        random.setstate(state)
     return {
         f"{task}/{metric}": result
         for task, values in output["results"].items()
