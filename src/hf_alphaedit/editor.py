@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_alphaedit.applying import apply_edits
+from hf_alphaedit.check import CheckReport, check_model
 from hf_alphaedit.diff import diff
 from hf_alphaedit.edited_model import EditedModel
 from hf_alphaedit.evaluation.protocol import DEFAULT_METRICS, evaluate
@@ -111,6 +112,10 @@ class AlphaEditor(EditedModel):
         finally:
             self.write_batches(batches)
             self.history.contexts = contexts
+
+    def check(self) -> CheckReport:
+        """Say what will be edited and why, what the probe saw, and what statistics and edits will cost."""
+        return check_model(self)
 
     def undo(self, batches: int = 1) -> None:
         """Take back the last batches, bit for bit.

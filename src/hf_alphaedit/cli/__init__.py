@@ -5,10 +5,10 @@ from __future__ import annotations
 from hf_alphaedit.cli.app import app
 from hf_alphaedit.cli.editing import edit, stats, undo
 from hf_alphaedit.cli.keeping import export, info, push
-from hf_alphaedit.cli.measuring import evaluate, trace, tune
+from hf_alphaedit.cli.measuring import check, evaluate, trace, tune
 
 
 __all__ = ["app"]
 
-for command in (edit, stats, evaluate, trace, tune, undo, export, info, push):
+for command in (edit, stats, check, evaluate, trace, tune, undo, export, info, push):
     app.command()(command)

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 
 
 @loads_model
+def check(
+    load: Load, *, json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False
+) -> None:
+    """Say what would be edited in a model and why, and what statistics and edits will cost; nothing is changed."""
+    show(load().check(), json)
+
+
+@loads_model
 def evaluate(
     load: Load,
     records: Annotated[
@@ -46,7 +54,6 @@ def evaluate(
     from hf_alphaedit.corpus import texts_of
     from hf_alphaedit.evaluation.damage import make_reference
     from hf_alphaedit.evaluation.protocol import DEFAULT_METRICS, METRICS
-    from hf_alphaedit.evaluation.protocol import evaluate as measure
     from hf_alphaedit.records import read_records
 
     if unknown := sorted(set(metric or ()) - set(METRICS)):
@@ -63,8 +70,8 @@ def evaluate(
         if held_out is not None:
             reference = make_reference(editor.model, editor.tokenizer, texts_of(held_out)[0])
         if unedited:
-            before = measure(editor.model, editor.tokenizer, items, held_out=reference, **options)
-    after = measure(editor.model, editor.tokenizer, items, held_out=reference, before=before, **options)
+            before = editor.evaluate(items, held_out=reference, **options)
+    after = editor.evaluate(items, held_out=reference, before=before, **options)
     if plot is not None:
         after.plot(plot, before=before)
     if before is not None and not json:
@@ -89,14 +96,9 @@ def trace(
 ) -> None:
     """Find the layers that recall facts, by causal tracing. Facts that the model doesn't know are left out."""
     from hf_alphaedit.record_files import read_file
-    from hf_alphaedit.tracing import trace as trace_facts
 
     items = [item for _, item in read_file(facts)][:limit]
-    editor = load()
-    with editor.unedited():
-        report = trace_facts(
-            editor.architecture, editor.tokenizer, items, samples=samples, layers_to_suggest=length, seed=seed
-        )
+    report = load().trace(items, samples=samples, layers_to_suggest=length, seed=seed)
     if plot is not None:
         report.plot(plot)
     show(report, json)

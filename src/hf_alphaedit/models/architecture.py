@@ -88,7 +88,10 @@ class Architecture:
         try:
             module = self.model.get_submodule(name)
         except AttributeError as error:
-            raise UnsupportedModelError(f"{name} doesn't exist in {type(self.model).__name__}: {error}") from error
+            raise UnsupportedModelError(
+                f"{name} doesn't exist in {type(self.model).__name__}; the layers that have it are "
+                f"{self.editable_layers()}"
+            ) from error
         if not isinstance(module, (nn.Linear, Conv1D)):
             raise UnsupportedModelError(f"{name} is a {type(module).__name__}; an nn.Linear or Conv1D is needed")
         return EditSite(name, layer, module)
