@@ -19,6 +19,7 @@ FORMAT_VERSION = 1
 
 Projection = Literal["hard", "soft", "soft_inside_hard", "none"]
 ThresholdRule = Literal["energy", "absolute"]
+ContextKeys = Literal["separate", "mean"]
 ForwardDtype = Literal["auto", "model", "float32", "bfloat16"]
 
 
@@ -59,6 +60,9 @@ class AlphaEditConfig:
     )
     context_length: int = setting(10, "tokens of a sampled context, its first word and the BOS token included")
     context_special_tokens: bool = setting(False, "keep the text of special tokens in sampled contexts, as published")
+    context_keys: ContextKeys = setting(
+        "separate", "whether each context's key is solved for, or only their mean, as published"
+    )
 
     # Projection and update
     projection: Projection = setting("hard", "which filter of the key spectrum protects the model's knowledge")
@@ -118,7 +122,8 @@ class AlphaEditConfig:
             projection="hard", threshold_rule="absolute", absolute_threshold=2e-2, l2=10.0, use_history=True,
             value_steps=max(self.value_steps, 20), clamp_factor=0.75, kl_factor=0.0625, weight_decay=0.5,
             stop_loss=5e-2, stop_at_argmax=False, forward_dtype="model", context_templates=None, context_length=10,
-            context_special_tokens=True, tokens_per_dimension=100, source=f"paper mode of: {self.source}",
+            context_special_tokens=True, context_keys="mean", tokens_per_dimension=100,
+            source=f"paper mode of: {self.source}",
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from hf_alphaedit.errors import EditingError
 from hf_alphaedit.history import History
 from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import EncodedRequest, TokenRow, encode_request
-from hf_alphaedit.models.forward import KeyWalk
+from hf_alphaedit.models.walk import KeyWalk
 from hf_alphaedit.requests import EditRequest
 from hf_alphaedit.targets import LARGEST_CHUNK, Targets, compute_targets
 
@@ -106,7 +106,8 @@ def edit_batch(
         for position, layer in enumerate(layers):
             site = architecture.site(layer)
             with watch.measuring("keys"):
-                keys, current = walk.advance(layer)  # (n, d), (n, h)
+                in_contexts, current = walk.advance(layer)  # (n, c, d), (n, h)
+                keys = over_contexts(in_contexts)  # (n, d)
                 _require_finite(keys, f"keys of {site.name}", requests)
             with watch.measuring("solve"):
                 residual = spread_residual(targets.values.to(current.device), current, len(layers) - position)
@@ -115,7 +116,9 @@ def edit_batch(
                 filtered = spectral_filter.root(keys)  # (n, d)
                 past = history.past_keys(site.name) if config.use_history else None
                 past = None if past is None else past.to(keys.device)
-                update = solve_update(filtered, past, residual.to(keys.device), spectral_filter.root)
+                columns = spectral_filter.root(in_contexts) if config.context_keys == "separate" else filtered
+                weights = context_weights(in_contexts.shape[1]) if config.context_keys == "separate" else None
+                update = solve_update(columns, past, residual.to(keys.device), spectral_filter.root, weights)
                 _require_finite(update.inputs, f"update of {site.name}", requests)
                 energy = filtered.square().sum(-1) * config.l2 / keys.square().sum(-1)  # (n,)
             keys_of[site.name], kept_energy[site.name] = filtered.cpu(), energy.cpu()
@@ -156,16 +159,23 @@ class BatchWalk:
         self.walks = [KeyWalk(architecture, rows[i : i + size], last_layer) for i in range(0, len(rows), size)]
 
     def advance(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys k = ½ bare + ½ mean of the other contexts (n, d), and current values (n, h), both float32.
-
-        Source: MEMIT's and AlphaEdit's two groups of contexts, each averaged, then both.
-        """
+        """Keys in every context (n, c, d), the bare prompt first, and current values (n, h) on it, both float32."""
         parts = [walk.advance(layer) for walk in self.walks]
-        keys = torch.cat([keys for keys, _ in parts]).float().unflatten(0, (-1, self.rows_per_request))  # (n, rows, d)
+        keys = torch.cat([keys for keys, _ in parts]).float().unflatten(0, (-1, self.rows_per_request))  # (n, c, d)
         values = torch.cat([values for _, values in parts]).float()[:: self.rows_per_request]  # (n, h)
-        if self.rows_per_request == 1:
-            return keys[:, 0], values
-        return (keys[:, 0] + keys[:, 1:].mean(1)) / 2, values
+        return keys, values
+
+
+def context_weights(count: int) -> Tensor:
+    """(c,) ½ for the bare prompt and ½ for all other contexts together: MEMIT's and AlphaEdit's two groups."""
+    if count == 1:
+        return torch.ones(1)
+    return torch.tensor([0.5] + [0.5 / (count - 1)] * (count - 1))
+
+
+def over_contexts(keys: Tensor) -> Tensor:
+    """Keys (n, c, d) averaged over their contexts, k = ½ bare + ½ mean of the others: (n, d)."""
+    return torch.einsum("c,ncd->nd", context_weights(keys.shape[1]).to(keys), keys)
 
 
 def _require_finite(values: Tensor, what: str, requests: Sequence[EditRequest]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_alphaedit.config import AlphaEditConfig
-from hf_alphaedit.editing import BatchWalk
+from hf_alphaedit.editing import BatchWalk, over_contexts
 from hf_alphaedit.errors import EditingError, RequestError
 from hf_alphaedit.estimates import editing_memory, editing_seconds
 from hf_alphaedit.evaluation.scoring import score
@@ -214,7 +214,8 @@ def check_keys(
     encoded = [encode_request(editor.tokenizer, request, contexts) for request in requests]
     began = time.perf_counter()
     with inference_state(editor.model):
-        keys, _ = BatchWalk(editor.architecture, encoded, site.layer).advance(site.layer)  # (n, d)
+        in_contexts, _ = BatchWalk(editor.architecture, encoded, site.layer).advance(site.layer)  # (n, c, d)
+        keys = over_contexts(in_contexts)  # (n, d)
     seconds = time.perf_counter() - began
     if not torch.isfinite(keys).all():
         raise EditingError(f"the keys of {site.name} are not finite; the model's weights are damaged, load it again")

@@ -34,34 +34,47 @@ class LowRankUpdate:
 
 
 def solve_update(
-    new_keys: Tensor, past_keys: Tensor | None, residual: Tensor, root: Callable[[Tensor], Tensor]
+    new_keys: Tensor,
+    past_keys: Tensor | None,
+    residual: Tensor,
+    root: Callable[[Tensor], Tensor],
+    weights: Tensor | None = None,
 ) -> LowRankUpdate:
     """Solve for the update that adds `residual` at the new keys and nothing at the past ones.
 
+    An edit may have several keys, one per context, that shall all get the same residual. Each is then a column of its
+    own, weighted by the root of its weight, and since the columns share the residual, the edit still adds rank one.
+
     Args:
-        new_keys: (n, d) filtered keys F^½ k of this batch.
+        new_keys: (n, d) filtered keys F^½ k of this batch, or (n, c, d) in c contexts.
         past_keys: (p, d) filtered keys of earlier batches, or None.
         residual: (n, h) what the weight's output still lacks at each key.
         root: the function k -> F^½ k on rows, `SpectralFilter.root`.
+        weights: (c,) weights of the contexts, with sum 1; None for equal ones.
 
     Returns:
         The factors of Δ in the wider of float32 and the new keys' dtype; the system itself is solved in float64 with
         `torch.linalg.solve`.
     """
-    keys = new_keys if past_keys is None else torch.cat([past_keys, new_keys])  # (m, d)
-    count, dimension = keys.shape
-    keys = keys.double()
+    dtype = torch.promote_types(new_keys.dtype, torch.float32)
+    new_keys = (new_keys if new_keys.dim() == 3 else new_keys[:, None]).double()  # (n, c, d)
+    edits, contexts, dimension = new_keys.shape
+    roots = torch.full((contexts,), 1 / contexts) if weights is None else weights
+    roots = roots.to(new_keys).sqrt()  # (c,)
+    columns = (new_keys * roots[:, None]).flatten(0, 1)  # (n c, d)
+    keys = columns if past_keys is None else torch.cat([past_keys.double(), columns])  # (m, d)
+    count = len(keys)
     if count <= dimension:  # dual: m x m
         system = keys @ keys.T  # (m, m)
         system.diagonal().add_(1.0)
-        selector = torch.zeros(count, len(new_keys), dtype=system.dtype, device=system.device)  # (m, n)
-        selector[count - len(new_keys) :].fill_diagonal_(1.0)
+        selector = torch.zeros(count, edits, dtype=system.dtype, device=system.device)  # (m, n)
+        selector[count - edits * contexts :] = torch.block_diag(*[roots[:, None]] * edits)
         inputs = torch.linalg.solve(system, selector).T @ keys  # (n, d)
     else:  # primal: d x d
         system = keys.T @ keys  # (d, d)
         system.diagonal().add_(1.0)
-        inputs = torch.linalg.solve(system, keys[count - len(new_keys) :].T).T  # (n, d)
-    dtype = torch.promote_types(new_keys.dtype, torch.float32)
+        wanted = (columns.unflatten(0, (edits, contexts)) * roots[:, None]).sum(1)  # (n, d)
+        inputs = torch.linalg.solve(system, wanted.T).T  # (n, d)
     return LowRankUpdate(root(inputs).to(dtype), residual.to(dtype))
 
 
