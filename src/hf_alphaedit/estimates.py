@@ -31,7 +31,7 @@ def editing_seconds(editor: AlphaEditor, encoded: Sequence[EncodedRequest], toke
     Multiplications per parameter and token decide: one forward and one backward pass from the last edited layer on
     for each step of the target search, and for each edited layer a pass over contexts and prompt.
     """
-    layers, blocks = editor.config.layers or (), editor.architecture.blocks
+    layers, blocks = [site.layer for site in editor.sites()], editor.architecture.blocks
     rate = tokens_per_second * parameters_of(blocks[: layers[0] + 1])  # parameter-tokens in a second
     above = parameters_of(blocks[editor.architecture.resume_block(layers[-1]) :])
     head = parameters_of([editor.architecture.head])

@@ -217,7 +217,7 @@ class _Bench:
 
         def search(encoded: Sequence[EncodedRequest], layer: int) -> Targets:
             architecture = self.editor.architecture
-            if not architecture.additive and layer != (config.layers or ())[0]:
+            if not architecture.additive and layer != self.editor.sites()[0].layer:
                 return compute_targets(architecture, encoded, layer, config)
             key = digest([layer, *(getattr(config, name) for name in TARGET_SETTINGS)])
             if key not in self.targets:
