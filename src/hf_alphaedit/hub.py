@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 
 from hf_alphaedit import __version__
 from hf_alphaedit.card import CARD_NAME, write_card
+from hf_alphaedit.processes import Processes
 
 
 if TYPE_CHECKING:
@@ -56,13 +57,15 @@ def push_to_hub(
         include_requests: with False no text of a request is in any file of the commit. Earlier commits keep theirs.
 
     Returns:
-        Address of the commit, or of the pull request.
+        Address of the commit, or of the pull request; of the repository in all processes but the main one.
 
     Raises:
         huggingface_hub.errors.HfHubHTTPError: the Hub's own error, as it is.
         huggingface_hub.errors.OfflineModeIsEnabled: the Hub is switched off by `HF_HUB_OFFLINE`.
     """
     api = HfApi(token=token, library_name="hf_alphaedit", library_version=__version__)
+    if not Processes.current().is_main:  # every process has the same model: one upload is enough
+        return f"{api.endpoint}/{repo_id}"
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name before it
     if revision is not None and not revision.startswith("refs/pr/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
