@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from hf_alphaedit.evaluation.forward import TOKEN_BUDGET, logits_at
 from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import TokenRow
-from hf_alphaedit.models.forward import AlignedRows, skipped_blocks, whole_rows
 from hf_alphaedit.models.hooks import on_input, on_output
+from hf_alphaedit.models.rows import AlignedRows, skipped_blocks, whole_rows
 from hf_alphaedit.trace_report import PLACES
 
 

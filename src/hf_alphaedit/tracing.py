@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from hf_alphaedit.errors import RequestError
 from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import TokenRow, encode_target, encode_with_spans
-from hf_alphaedit.models.forward import whole_rows
 from hf_alphaedit.models.hooks import inference_state
+from hf_alphaedit.models.rows import whole_rows
 from hf_alphaedit.records import Record, as_record
 from hf_alphaedit.requests import PLACEHOLDER, EditRequest, joined_target
 from hf_alphaedit.trace_report import PLACES, TraceReport

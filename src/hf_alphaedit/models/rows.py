@@ -1,0 +1,128 @@
+"""Rows as the model takes them, split before the subject, and the small things that all partial passes need."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_alphaedit.models.architecture import Architecture
+from hf_alphaedit.models.encoding import TokenRow
+from hf_alphaedit.models.hooks import replaced_forward
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedRows:
+    """Rows split before the subject's last token, so that all rows have it in the same column.
+
+    What precedes it doesn't depend on the delta: it is kept as the attention keys and values of every block. What
+    follows is kept as the hidden states that enter the first block to run.
+
+    Attributes:
+        token_ids: (B, S) from the subject's last token on, padded on the right.
+        attention_mask: (B, P + S); the P positions before are padded on the left.
+        position_ids: (B, S) positions in the unpadded rows.
+        entry: (B, S, h) output of the last block that is skipped; None if none is.
+        subject: (B,) column of the subject's last token: 0 throughout, or anything if P is 0.
+        attention_keys, attention_values: per block (B, heads, P, head size); empty if P is 0.
+        block_form: type and length of what the blocks return.
+    """
+
+    token_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    entry: Tensor | None
+    subject: Tensor
+    attention_keys: tuple[Tensor, ...]
+    attention_values: tuple[Tensor, ...]
+    block_form: tuple[type, int]
+
+    def select(self, rows: Tensor) -> AlignedRows:
+        """The rows with these indices (n,)."""
+
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor.index_select(0, rows.to(tensor.device))
+
+        return replace(
+            self,
+            token_ids=pick(self.token_ids),
+            attention_mask=pick(self.attention_mask),
+            position_ids=pick(self.position_ids),
+            entry=None if self.entry is None else pick(self.entry),
+            subject=pick(self.subject),
+            attention_keys=tuple(pick(keys) for keys in self.attention_keys),
+            attention_values=tuple(pick(values) for values in self.attention_values),
+        )
+
+
+def whole_rows(architecture: Architecture, rows: Sequence[TokenRow]) -> AlignedRows:
+    """Rows padded on the right, with nothing stored yet."""
+    device, length = architecture.input_device, max(len(row.token_ids) for row in rows)
+    token_ids = torch.zeros(len(rows), length, dtype=torch.long)  # (B, S)
+    attention_mask = torch.zeros_like(token_ids)
+    for index, row in enumerate(rows):
+        token_ids[index, : len(row.token_ids)] = torch.tensor(row.token_ids)
+        attention_mask[index, : len(row.token_ids)] = 1
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp_min(0).to(device)
+    subject = torch.tensor([row.subject for row in rows], device=device)
+    return AlignedRows(
+        token_ids.to(device), attention_mask.to(device), position_ids, None, subject, (), (), (Tensor, 1)
+    )
+
+
+def prediction_positions(rows: Sequence[TokenRow], subject: Tensor, before: int = 0) -> tuple[Tensor, Tensor]:
+    """Row and column of every position from a row's first prediction to its end, row by row: two (p,) tensors."""
+    row_index, columns = [], []
+    for index, (row, subject_column) in enumerate(zip(rows, subject.tolist(), strict=True)):
+        for position in range(row.first_prediction, len(row.token_ids)):
+            row_index.append(index)
+            columns.append(before + subject_column + position - row.subject)
+    return torch.tensor(row_index, device=subject.device), torch.tensor(columns, device=subject.device)
+
+
+@contextmanager
+def skipped_blocks(architecture: Architecture, aligned: AlignedRows, first_block: int) -> Iterator[None]:
+    """Blocks below `first_block` don't run; the last of them returns the stored hidden states."""
+    kind, length = aligned.block_form
+
+    def returning(hidden: Tensor) -> Any:
+        return hidden if kind is Tensor else kind([hidden, *[None] * (length - 1)])
+
+    def passing(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return returning(hidden_states)
+
+    def entering(*_: Any, **__: Any) -> Any:
+        return returning(aligned.entry)  # ty: ignore[invalid-argument-type]
+
+    stubs = {block: passing for block in architecture.blocks[: max(first_block - 1, 0)]}
+    if first_block:
+        stubs[architecture.blocks[first_block - 1]] = entering
+    with replaced_forward(stubs):
+        yield
+
+
+def by_row(hidden: Tensor, count: int) -> Tensor:
+    """(B, S, h), also where a family flattens it to (B S, h) around its feed-forward."""
+    return hidden if hidden.dim() == 3 else hidden.reshape(count, -1, hidden.shape[-1])
+
+
+def at_positions(hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+    """(B, S, h) -> (p, h), a copy of the hidden states at (row, column)."""
+    rows, columns = positions
+    return hidden[rows.to(hidden.device), columns.to(hidden.device)]
+
+
+def position_keywords(architecture: Architecture, position_ids: Tensor) -> dict[str, Tensor]:
+    """`position_ids`, for the families whose forward takes them; the others read positions off the mask."""
+    takes = "position_ids" in inspect.signature(type(architecture.model).forward).parameters
+    return {"position_ids": position_ids} if takes else {}
+
+
+def form_of_output(output: Any) -> tuple[type, int]:
+    """Type and length of what a block returns; see `AlignedRows.block_form`."""
+    return (Tensor, 1) if isinstance(output, Tensor) else (type(output), len(output))

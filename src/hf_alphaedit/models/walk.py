@@ -1,0 +1,73 @@
+"""The walk over the edited layers: keys and current values, while the weights change underneath."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hf_alphaedit.models.architecture import Architecture
+from hf_alphaedit.models.encoding import TokenRow
+from hf_alphaedit.models.hooks import captured_inputs, on_input, on_output, stop_after
+from hf_alphaedit.models.rows import (
+    at_positions,
+    by_row,
+    form_of_output,
+    position_keywords,
+    skipped_blocks,
+    whole_rows,
+)
+
+
+class KeyWalk:
+    """Keys and current values of the same rows, layer after layer, while the weights change underneath.
+
+    The rows end at the subject's last token. Each call of `advance` starts from the stored input of the layer it was
+    called for last and stops at the layer whose output is the value, so nothing that can't have changed runs twice.
+    """
+
+    def __init__(self, architecture: Architecture, rows: Sequence[TokenRow], last_layer: int) -> None:
+        rows = [row.until_subject() for row in rows]
+        self.architecture, self.last_layer = architecture, last_layer
+        self.aligned = whole_rows(architecture, rows)
+        self.first_block = 0
+
+    @torch.no_grad()
+    def advance(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys (B, d) that enter `layer`'s down-projection, and values (B, h) at the last layer's value module."""
+        architecture, aligned = self.architecture, self.aligned
+        rows = torch.arange(len(aligned.subject), device=aligned.subject.device)
+
+        def at_subject(hidden: Tensor) -> Tensor:
+            return at_positions(by_row(hidden.detach(), len(rows)), (rows, aligned.subject))
+
+        values: list[Tensor] = []
+        inputs: list[Tensor] = []
+        form: list[tuple[type, int]] = [aligned.block_form]
+        stop = architecture.value_module(self.last_layer)
+        with (
+            skipped_blocks(architecture, aligned, self.first_block),
+            captured_inputs({layer: architecture.site(layer).module}, at_subject) as keys,
+            on_input(architecture.blocks[layer], lambda hidden: inputs.append(hidden.detach().clone())),
+            on_output(stop, lambda hidden: values.append(at_subject(hidden))),
+            _form_of(architecture.blocks[max(layer - 1, 0)], form),
+            stop_after(stop),
+        ):
+            architecture.model(
+                input_ids=aligned.token_ids, attention_mask=aligned.attention_mask, use_cache=False,
+                **position_keywords(architecture, aligned.position_ids),
+            )  # fmt: skip
+        self.aligned, self.first_block = replace(aligned, entry=inputs[0], block_form=form[-1]), layer
+        return keys[layer], values[0]
+
+
+@contextmanager
+def _form_of(block: torch.nn.Module, forms: list[tuple[type, int]]) -> Iterator[None]:
+    handle = block.register_forward_hook(lambda _, __, output: forms.append(form_of_output(output)))
+    try:
+        yield
+    finally:
+        handle.remove()
