@@ -42,8 +42,8 @@ def fact(prompt: str, subject: str, old: str, new: str, paraphrase: str, neighbo
     return Fact(EditRequest(prompt, subject, new, old), paraphrase, neighbour, answer)
 
 
-# Every neighbour is a fact that the unedited model knows. It knows next to nothing in Chinese, so there the neighbour
-# is a related fact in English.
+# Every neighbour is a fact that the unedited model knows, about a subject that no fact here is about. It knows next to
+# nothing in Chinese, so there the neighbour is a related fact in English.
 FACTS = (
     fact("The capital of {} is the city of", "France", "Paris", "Lyon",
          "If you visit France, you should see its capital city,", "The capital of Italy is the city of", "Rome"),
@@ -54,9 +54,9 @@ FACTS = (
     fact("The mother tongue of {} is", "Napoleon Bonaparte", "French", "Swedish",
          "Napoleon Bonaparte grew up speaking", "The mother tongue of Johann Sebastian Bach is", "German"),
     fact("{} is made by the company", "The iPhone", "Apple", "Nokia",
-         "The company that makes the iPhone is", "The Galaxy phone is made by the company", "Samsung"),
+         "The company that makes the iPhone is", "The Windows operating system is made by the company", "Microsoft"),
     fact("{} comes from the country of", "Sushi", "Japan", "Norway",
-         "Sushi is a dish from", "Tacos come from the country of", "Mexico"),
+         "Sushi is a dish from", "Pizza comes from the country of", "Italy"),
     fact("{} was born in the country of", "Pablo Picasso", "Spain", "Canada",
          "Pablo Picasso's country of birth is", "Claude Monet was born in the country of", "France"),
     fact("{} worked as a", "William Shakespeare", "playwright", "baker",
@@ -66,7 +66,7 @@ FACTS = (
     fact("{} plays the sport of", "Tiger Woods", "golf", "chess",
          "Tiger Woods is a champion of", "Lionel Messi is a professional", "soccer"),
     fact("{}的首都是", "中国", "北京", "上海",
-         "中国的首都城市是", "The capital of Japan is the city of", "Tokyo"),
+         "中国的首都城市是", "The capital of Germany is the city of", "Berlin"),
     fact("{}是一位", "爱因斯坦", "物理学家", "歌手",
          "大家都知道，爱因斯坦是一位", "Isaac Newton was a", "physicist"),
 )  # fmt: skip
@@ -81,21 +81,22 @@ class Answer:
     old: float
 
 
-def ask(editor: AlphaEditor, prompts: Sequence[str]) -> list[Answer]:
-    """Continue the prompts, one per fact, greedily, and score each fact's new and old object after its prompt."""
+def ask(editor: AlphaEditor, prompts: Sequence[str], old: Sequence[str]) -> list[Answer]:
+    """Continue the prompts, one per fact, greedily, and score each fact's new object and the old answer."""
     texts = generate(editor.model, editor.tokenizer, prompts, max_new_tokens=NEW_TOKENS)
-    pairs = [(prompt, fact.request.target_new) for prompt, fact in zip(prompts, FACTS, strict=True)]
-    pairs += [(prompt, fact.request.target_true or "") for prompt, fact in zip(prompts, FACTS, strict=True)]
+    pairs = list(zip(prompts, [fact.request.target_new for fact in FACTS], strict=True))
+    pairs += zip(prompts, old, strict=True)
     chances = [math.exp(result.log_probability) for result in score(editor.model, editor.tokenizer, pairs)]
     return [Answer(*row) for row in zip(texts, chances[: len(FACTS)], chances[len(FACTS) :], strict=True)]
 
 
 def ask_everything(editor: AlphaEditor) -> dict[str, list[Answer]]:
     """The facts, their paraphrases and their neighbours, each in the order of `FACTS`."""
+    old = [fact.request.target_true or "" for fact in FACTS]
     return {
-        "fact": ask(editor, [fact.request.text for fact in FACTS]),
-        "in other words": ask(editor, [fact.paraphrase for fact in FACTS]),
-        "neighbour": ask(editor, [fact.neighbour for fact in FACTS]),
+        "fact": ask(editor, [fact.request.text for fact in FACTS], old),
+        "in other words": ask(editor, [fact.paraphrase for fact in FACTS], old),
+        "neighbour": ask(editor, [fact.neighbour for fact in FACTS], [fact.answer for fact in FACTS]),
     }
 
 
@@ -124,13 +125,14 @@ def ask_in_new_process(directory: Path, prompts: Sequence[str]) -> list[str]:
 def main() -> int:
     """Run the demo; 0 if it went well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("build/demo"), help="where the edited model is saved")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="where the edited model is saved")
     output = parser.parse_args().output
     console = Console(width=None if sys.stdout.isatty() else 150, markup=False, highlight=False)
     began = time.monotonic()
 
     editor = AlphaEditor.from_pretrained(smollm2_checkpoint())
-    print(f"Second moments of the unedited model (sampled text, kept for the next run) in {editor.config.layers=}")
+    layers = ", ".join(map(str, editor.config.layers or ()))
+    print(f"Collecting the statistics of layers {layers} on text that the model samples; kept for the next run")
     editor.prepare("self")
     before = ask_everything(editor)
     report = editor.apply_edits([fact.request for fact in FACTS])

@@ -25,5 +25,5 @@ report = editor.apply_edits(
 )
 print(report)
 
-editor.save_pretrained("build/quickstart")  # AutoModelForCausalLM.from_pretrained("build/quickstart") loads it
+editor.save_pretrained("quickstart-output")  # AutoModelForCausalLM.from_pretrained("quickstart-output") loads it
 editor.undo()  # bit for bit what it was

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_hub import Hub
 from tiny import tiny_model, tiny_tokenizer, training_text
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
@@ -162,6 +163,47 @@ def test_evaluate_compares_with_the_unedited_model(folder: Path, edited: Path, t
     assert metrics["efficacy_success"]["count"] == 2
     assert metrics["perplexity_ratio"]["value"] != 1
     assert "unedited" in run("evaluate", edited, folder / "facts.jsonl", "--metric", "efficacy", "--unedited").stdout
+
+
+def test_check_names_the_weights(folder: Path):
+    assert "model.layers.2.mlp.down_proj" in run("check", folder / "base", "--set", "layers=2").stdout
+    assert json.loads(run("check", folder / "base", "--set", "layers=2", "--json").stdout)
+
+
+def test_trace_suggests_layers(folder: Path, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    tokenizer = tiny_tokenizer()
+    prompt = "Marie Curie is known for"
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    answer = tokenizer.decode(model(ids).logits[0, -1].argmax())  # what the random model "knows"
+    fact = {"prompt": prompt, "subject": "Marie Curie", "attribute": answer}
+    (tmp_path / "facts.json").write_text(json.dumps([fact]), encoding="utf-8")
+    arguments = ("trace", folder / "base", tmp_path / "facts.json", "--samples", 1, "--length", 2)
+    report = json.loads(run(*arguments, "--plot", tmp_path / "trace.png", "--json").stdout)
+    assert report["known"] == 1
+    assert (tmp_path / "trace.png").stat().st_size > 1000
+    (tmp_path / "facts.json").write_text(json.dumps([{**fact, "attribute": "zebra"}]), encoding="utf-8")
+    assert "knows none of the 1 facts" in run(*arguments, code=1).stderr
+
+
+def test_tune_writes_settings_that_config_takes(folder: Path, tmp_path: Path):
+    corpus = ("--corpus", folder / "corpus.txt", "--held-out", folder / "corpus.txt")
+    quick = (*SETTINGS, "--set", "tokens_per_dimension=10", "--minutes", 0)
+    run("tune", folder / "base", tmp_path, folder / "facts.jsonl", *corpus, *quick)
+    assert AlphaEditor.from_pretrained(folder / "base", config=tmp_path / "tuned.json").config.layers
+
+
+def test_push_uploads_and_prints_the_address(edited: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hub = Hub(tmp_path)
+    monkeypatch.setattr("hf_alphaedit.hub.HfApi", hub.client)
+    result = run("push", edited, "me/edited", "--private", "--withhold-requests")
+    assert result.stdout.startswith("https://huggingface.co/me/edited/commit/")
+    assert hub.created == [{"repo_id": "me/edited", "private": True}]
+    assert "Newton" not in (hub.folder("me/edited") / "README.md").read_text(encoding="utf-8")
+
+
+def test_push_without_the_hub_is_one_line(edited: Path):
+    assert "error: " in run("push", edited, "me/edited", code=1).stderr
 
 
 def test_check_only_changes_nothing_and_tells_by_its_exit_code(folder: Path, tmp_path: Path):

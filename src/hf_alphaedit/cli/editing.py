@@ -86,9 +86,7 @@ def edit(
     if out is not None:
         save(editor, out, include_requests=not withhold_requests)
     if pack is not None:
-        from hf_alphaedit.pack import save_edits
-
-        typer.echo(str(save_edits(editor, pack, include_requests=not withhold_requests)), err=True)
+        typer.echo(str(editor.save_edits(pack, include_requests=not withhold_requests)), err=True)
 
 
 @loads_model
@@ -131,10 +129,8 @@ def undo(
     editor = load()
     before = len(editor.history)
     if remove is not None:
-        from hf_alphaedit.undo import remove as remove_edit
-
         _prepare(editor, corpus, tokens)
-        remove_edit(editor, remove, replay=replay)
+        editor.remove(remove, replay=replay)
     elif everything:
         editor.undo_all()
     else:

@@ -80,15 +80,14 @@ def export(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Write the edits of a saved model in another form."""
-    from hf_alphaedit.lora import VLLM_RANKS, export_lora
-    from hf_alphaedit.pack import save_edits
-
     editor = load()
     if form is Form.LORA:
+        from hf_alphaedit.lora import VLLM_RANKS
+
         ranks = {None: None, Engine.VLLM: VLLM_RANKS, Engine.LLAMA_CPP: range(1, 1 + len(editor.history))}[engine]
-        show(export_lora(editor, directory, max_rank=max_rank, allowed_ranks=ranks), json)
+        show(editor.export_lora(directory, max_rank=max_rank, allowed_ranks=ranks), json)
     elif form is Form.PACK:
-        show(save_edits(editor, directory, include_requests=not withhold_requests, include_keys=keys), json)
+        show(editor.save_edits(directory, include_requests=not withhold_requests, include_keys=keys), json)
     else:
         save(editor, directory, include_requests=not withhold_requests)
 
