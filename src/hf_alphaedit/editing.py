@@ -155,7 +155,7 @@ class BatchWalk:
         rows: list[TokenRow] = [row for request in requests for row in request.rows]
         # Chunks hold whole requests and are bounded by tokens; each keeps its own stored hidden states.
         per_request = self.rows_per_request * max(row.subject + 1 for row in rows)
-        size = max(1, 2 * LARGEST_CHUNK // per_request) * self.rows_per_request
+        size = max(1, 4 * LARGEST_CHUNK // per_request) * self.rows_per_request
         self.walks = [KeyWalk(architecture, rows[i : i + size], last_layer) for i in range(0, len(rows), size)]
 
     def advance(self, layer: int) -> tuple[Tensor, Tensor]:

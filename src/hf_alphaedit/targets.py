@@ -17,16 +17,19 @@ from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.errors import EditingError, UnsupportedModelError
 from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import EncodedRequest, TokenRow
-from hf_alphaedit.models.forward import AlignedRows, align_rows, prediction_positions, resume_rows
+from hf_alphaedit.models.forward import align_rows, resume_rows
 from hf_alphaedit.models.hooks import products_in, replaced_forward
+from hf_alphaedit.models.rows import AlignedRows, prediction_positions
 from hf_alphaedit.processes import Processes
 from hf_alphaedit.sharing import search_shared
 
 
 logger = logging.getLogger(__name__)
 
-# Tokens that run side by side. Large enough for full speed on CPU, small enough for an 8B model's activations.
-LARGEST_CHUNK = 2048
+# Tokens that run side by side. On a CPU, products are at full speed from a few hundred on, and larger tensors only
+# cost page faults; the activations of an 8B model for this many still fit beside its weights.
+LARGEST_CHUNK = 1024
+WORTHWHILE_CHUNK = 256  # below this, padding costs less than another chunk
 PADDING_ALLOWED = 1.25
 RESUME_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
@@ -262,12 +265,14 @@ def suffix_length(request: EncodedRequest) -> int:
 
 
 def chunked(order: Sequence[int], requests: Sequence[EncodedRequest], largest_chunk: int) -> list[list[int]]:
-    """`order` (ascending suffix length) cut where a chunk is full or would be padded too much."""
+    """`order` (ascending suffix length) cut where a chunk is full, or large enough and would be padded too much."""
     chunks: list[list[int]] = []
     for index in order:
         length, rows = suffix_length(requests[index]), len(requests[index].rows) + 1
-        full = not chunks or (len(chunks[-1]) + 1) * rows * length > largest_chunk
-        if full or length > PADDING_ALLOWED * suffix_length(requests[chunks[-1][0]]):
+        if chunks:
+            shortest, tokens = suffix_length(requests[chunks[-1][0]]), (len(chunks[-1]) + 1) * rows * length
+            padded = length > PADDING_ALLOWED * shortest and len(chunks[-1]) * rows * shortest >= WORTHWHILE_CHUNK
+        if not chunks or tokens > largest_chunk or padded:
             chunks.append([])
         chunks[-1].append(index)
     return chunks
