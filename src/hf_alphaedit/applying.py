@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.utils import tqdm
@@ -21,6 +22,7 @@ from hf_alphaedit.preflight import check_keys, check_texts, with_known_facts
 from hf_alphaedit.records import Record, as_record, as_requests
 from hf_alphaedit.report import EditReport
 from hf_alphaedit.requests import EditRequest
+from hf_alphaedit.target_cache import cached_targets
 from hf_alphaedit.targets import Targets, compute_targets
 
 
@@ -146,7 +148,7 @@ def _solve(
 ) -> EditedBatch:
     return edit_batch(
         editor.architecture, editor.tokenizer, requests, editor.history.contexts or (), editor.filters(),
-        editor.history, editor.config, watch, search,
+        editor.history, editor.config, watch, search or partial(cached_targets, editor),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
+from huggingface_hub import cached_assets_path
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -153,6 +154,12 @@ class EditedModel:
     def second_moment_directory(self) -> Path:
         """Where this model's second moments are kept."""
         return default_cache_directory(self.history.base_model or type(self.model).__name__)
+
+    @cached_property
+    def target_directory(self) -> Path:
+        """Where targets found for this model are kept."""
+        name = self.history.base_model or type(self.model).__name__
+        return cached_assets_path("hf_alphaedit", namespace=name, subfolder="targets")
 
     def prepare(
         self,
