@@ -16,7 +16,7 @@ REQUESTS = [
 ]
 CONFIG = AlphaEditConfig(
     layers=(2, 3), energy_share=0.9, l2=0.01, clamp_factor=4.0, value_steps=15, kl_factor=0.0, weight_decay=0.0,
-    context_templates=("I said. {}",),
+    context_templates=("I said. {}",), cache_targets=False,
 )  # fmt: skip
 CORPUS = training_text() * 20
 TOKENS = 2000
