@@ -75,7 +75,9 @@ def edit_family(model: PreTrainedModel, layers: tuple[int, ...] | None = None) -
 def edit(architecture: Architecture, layers: tuple[int, ...]) -> EditedBatch:
     """Three requests, bare prompts only, so that a key is exactly what the plain forward pass has."""
     tokenizer = tiny_tokenizer()
-    config = AlphaEditConfig(layers=layers, projection="none", l2=1e-6, value_steps=4, stop_loss=0.0)
+    config = AlphaEditConfig(
+        layers=layers, projection="none", l2=1e-6, value_steps=4, stop_loss=0.0, forward_dtype="model"
+    )
     filters = {site.name: ridge_filter(site.read().shape[1], config.l2) for site in map(architecture.site, layers)}
     history = History(model_fingerprint(architecture.model), tokenizer_fingerprint(tokenizer))
     history.remember_base([architecture.site(layer) for layer in layers])
