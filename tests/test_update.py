@@ -171,6 +171,40 @@ def test_hard_filter_gives_the_published_update(null_rank: int) -> None:
     assert relative(solved(keys, earlier, residual, spectral_filter.root).dense(), expected) < 1e-5
 
 
+@pytest.mark.parametrize(("new", "past"), [(2, 3), (3, 40)])  # dual, primal
+@pytest.mark.parametrize("weights", [None, (0.5, 0.3, 0.2)], ids=["equal", "weighted"])
+def test_keys_in_several_contexts_are_a_weighted_least_squares_problem(
+    new: int, past: int, weights: tuple[float, ...] | None
+) -> None:
+    keys, earlier, residual = (
+        random(new, 3, DIMENSION, seed=7),
+        random(past, DIMENSION, seed=2),
+        random(new, 4, seed=3),
+    )
+    shares = torch.tensor(weights or (1 / 3,) * 3, dtype=torch.float64)
+    # min over Δ in the null space of Σ wᵢ ‖Δ kᵢ - r‖² + Σ ‖Δ k_past‖² + λ ‖Δ‖²: one row of equations per key
+    left, _, _ = torch.linalg.svd(second_moment())
+    null = left[:, DIMENSION - NULL_RANK :]
+    roots = shares.sqrt().repeat(new)[:, None]
+    equations = torch.cat([roots * keys.flatten(0, 1), earlier]) @ null
+    equations = torch.cat([equations, L2**0.5 * torch.eye(NULL_RANK, dtype=torch.float64)])
+    wanted = torch.zeros(len(equations), 4, dtype=torch.float64)
+    wanted[: 3 * new] = roots * residual.repeat_interleave(3, 0)
+    expected = (null @ torch.linalg.lstsq(equations, wanted).solution).T  # (h, d)
+    root = projecting(projector())
+    update = solve_update(root(keys), root(earlier), residual, root, None if weights is None else shares)
+    assert update.inputs.shape == (new, DIMENSION)
+    assert relative(update.dense(), expected) < EXACT
+
+
+@pytest.mark.parametrize("new", [3, 40])
+def test_one_context_is_the_plain_update(new: int) -> None:
+    keys, earlier, residual = problem(new, 5)
+    root = projecting(projector())
+    alone = solve_update(root(keys.T)[:, None], root(earlier.T), residual.T, root, torch.ones(1))
+    assert relative(alone.dense(), solved(keys, earlier, residual, root).dense()) < EXACT
+
+
 @pytest.mark.parametrize(("new", "past"), [(3, 5), (5, 30)])
 def test_dtype_of_the_factors(new: int, past: int) -> None:
     keys, earlier, residual = problem(new, past)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -31,7 +33,7 @@ def sample_contexts(
     Args:
         model: the unedited model.
         tokenizer: its tokenizer; not changed.
-        length: tokens of each context, first word and BOS included, as published.
+        length: tokens of each context, first word and BOS included, as published; at least one follows the word.
         keep_special_tokens: keep the text of special tokens, as published.
         seed: decides the draws.
 
@@ -39,24 +41,34 @@ def sample_contexts(
         Five texts that end in '. {}' and have no other braces.
     """
     settings = GenerationConfig(
-        do_sample=True, top_k=TOP_K, top_p=1.0, temperature=1.0, max_length=length, min_length=length,
+        do_sample=True, top_k=TOP_K, top_p=1.0, temperature=1.0, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     device = model.get_input_embeddings().weight.device
     device = model.device if device.type == "meta" else device
     contexts = []
     devices = [device] if device.type != "cpu" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), inference_state(model):
+    with torch.random.fork_rng(devices), torch.no_grad(), inference_state(model), _generating_with(model, settings):
         torch.manual_seed(seed)
         for word in FIRST_WORDS:
             encoded = tokenizer(word, return_tensors="pt").to(device)
-            token_ids = model.generate(
-                encoded["input_ids"], attention_mask=encoded["attention_mask"], generation_config=settings
-            )
+            # A word that fills the length already still gets one token.
+            settings.max_length = settings.min_length = max(length, encoded["input_ids"].shape[1] + 1)
+            token_ids = model.generate(encoded["input_ids"], attention_mask=encoded["attention_mask"])
             text = tokenizer.decode(token_ids[0], skip_special_tokens=not keep_special_tokens)
             contexts.append(template_of(text))
     return tuple(contexts)
+
+
+@contextmanager
+def _generating_with(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Let `generate` follow `settings` alone: it would take whatever they leave open from the model's own."""
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def contexts_for(

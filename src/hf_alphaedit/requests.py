@@ -10,6 +10,11 @@ from hf_alphaedit.errors import RequestError
 
 
 PLACEHOLDER = "{}"
+# How the Unicode names of their characters begin.
+SCRIPTS_WITHOUT_SPACES = (
+    "CJK", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "IDEOGRAPHIC", "FULLWIDTH", "BOPOMOFO", "THAI", "LAO",
+    "KHMER", "MYANMAR",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,16 +86,4 @@ def joined_target(prompt: str, target: str) -> str:
 def written_without_spaces(character: str) -> bool:
     """Whether the character's script puts no spaces between words: Chinese, Japanese, Thai, Lao, Khmer, Burmese."""
     name = unicodedata.name(character, "")
-    scripts = (
-        "CJK",
-        "HIRAGANA",
-        "KATAKANA",
-        "IDEOGRAPHIC",
-        "FULLWIDTH",
-        "THAI",
-        "LAO",
-        "KHMER",
-        "MYANMAR",
-        "BOPOMOFO",
-    )
-    return name.startswith(scripts)
+    return name.startswith(SCRIPTS_WITHOUT_SPACES) or "\u3000" <= character <= "\u303f"  # CJK punctuation

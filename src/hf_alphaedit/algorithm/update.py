@@ -59,7 +59,7 @@ def solve_update(
     dtype = torch.promote_types(new_keys.dtype, torch.float32)
     new_keys = (new_keys if new_keys.dim() == 3 else new_keys[:, None]).double()  # (n, c, d)
     edits, contexts, dimension = new_keys.shape
-    roots = torch.full((contexts,), 1 / contexts) if weights is None else weights
+    roots = new_keys.new_full((contexts,), 1 / contexts) if weights is None else weights
     roots = roots.to(new_keys).sqrt()  # (c,)
     columns = (new_keys * roots[:, None]).flatten(0, 1)  # (n c, d)
     keys = columns if past_keys is None else torch.cat([past_keys.double(), columns])  # (m, d)
