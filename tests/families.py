@@ -33,7 +33,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"), 128),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_top_k", "num_experts_per_token"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts"), 1),
+    **dict.fromkeys(("n_group", "topk_group", "num_group", "num_expert_group", "n_shared_experts",
+                     "num_shared_experts"), 1),
     "num_nextn_predict_layers": 0,
     "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.1, "init_std": 0.1, "sliding_window": 64,
     "rotary_dim": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
@@ -72,6 +73,16 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             kinds = list(dict.fromkeys(value))
             changes[name] = (kinds * LAYERS)[:LAYERS]
     return changes
+
+
+def runs(model: PreTrainedModel) -> bool:
+    """Whether the model itself runs with these sizes; some families want sizes that fit each other."""
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.arange(8)[None] + 5, use_cache=False)
+    except Exception:  # whatever a model of somebody else raises
+        return False
+    return True
 
 
 def family_model(model_type: str, seed: int = 0) -> PreTrainedModel:
