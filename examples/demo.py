@@ -25,6 +25,7 @@ from hf_alphaedit.evaluation.scoring import score
 
 
 NEW_TOKENS = 8
+SAMPLED_TOKENS = 15_360  # ten for each dimension of a key: a minute of sampling
 FACTS_NEEDED, NEIGHBOURS_LOST = 11, 1
 
 
@@ -133,7 +134,7 @@ def main() -> int:
     editor = AlphaEditor.from_pretrained(smollm2_checkpoint())
     layers = ", ".join(map(str, editor.config.layers or ()))
     print(f"Collecting the statistics of layers {layers} on text that the model samples; kept for the next run")
-    editor.prepare("self")
+    editor.prepare("self", num_tokens=SAMPLED_TOKENS)
     before = ask_everything(editor)
     report = editor.apply_edits([fact.request for fact in FACTS])
     after = ask_everything(editor)
