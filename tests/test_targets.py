@@ -1,0 +1,256 @@
+"""The target search on tiny models: side by side as one by one, whatever the chunks, the memory and the way."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_alphaedit.config import AlphaEditConfig
+from hf_alphaedit.errors import EditingError
+from hf_alphaedit.models.architecture import Architecture, resolve_architecture
+from hf_alphaedit.models.encoding import EncodedRequest, encode_request
+from hf_alphaedit.requests import EditRequest
+from hf_alphaedit.targets import (
+    Targets,
+    attention_can_be_stored,
+    chunked,
+    compute_targets,
+    product_dtype,
+    suffix_length,
+)
+
+
+LAYER = 2
+FAMILIES = ["llama", "gpt2", "gemma3_text"]  # the last has a norm behind its down-projection
+CONTEXTS = ("The river runs. {}", "Therefore the people who are there said. {}")
+REQUESTS = [
+    EditRequest("The capital of {} is", "France", "Rome"),
+    EditRequest("{} plays", "Ada", "the big drum and sings"),
+    EditRequest("It is said that all of the people in {}", "Norway", "music"),
+    EditRequest("{}的首都是", "中国", "上海"),
+    EditRequest("In 1900, {} was a city which had very many", "Cairo, Egypt,", "students"),
+]
+# The subject ends the prompt, so the value that is searched for is what predicts the target.
+EASY = [
+    EditRequest("The capital of {}", "France", "music"),
+    EditRequest("We saw {}", "Italy", "city"),
+    EditRequest("Who is {}", "Ada Lovelace", "people"),
+    EditRequest("{}", "Norway", "the"),
+]
+CONFIG = AlphaEditConfig(layers=(1, 2), value_steps=6, stop_loss=0.0, forward_dtype="model")
+
+
+def encoded(requests: list[EditRequest] = REQUESTS) -> list[EncodedRequest]:
+    return [encode_request(tiny_tokenizer(), request, CONTEXTS) for request in requests]
+
+
+def architecture_of(family: str = "llama", model: PreTrainedModel | None = None) -> Architecture:
+    return resolve_architecture(model or tiny_model(family), layers=(1, 2))
+
+
+def targets(architecture: Architecture, requests: list[EncodedRequest], **options: Any) -> Targets:
+    chunk = {"largest_chunk": options.pop("largest_chunk")} if "largest_chunk" in options else {}
+    return compute_targets(architecture, requests, LAYER, CONFIG.replace(**options), **chunk)
+
+
+def deltas(found: Targets) -> Tensor:
+    return found.values - found.initial
+
+
+def assert_same(first: Targets, second: Targets, tolerance: float = 1e-4) -> None:
+    """Equal per request, relative to the size of what was searched for."""
+    assert first.steps.tolist() == second.steps.tolist()
+    error = (deltas(first) - deltas(second)).norm(dim=-1) / deltas(second).norm(dim=-1).clamp_min(1e-3)
+    assert error.max() < tolerance, error
+    torch.testing.assert_close(first.initial, second.initial, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(first.likelihood, second.likelihood, rtol=tolerance, atol=tolerance)
+    assert first.argmax.tolist() == second.argmax.tolist()
+
+
+def one_by_one(architecture: Architecture, requests: list[EncodedRequest], **options: Any) -> Targets:
+    parts = [targets(architecture, [request], **options) for request in requests]
+    return Targets(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_side_by_side_as_one_by_one(family: str) -> None:
+    architecture, requests = architecture_of(family), encoded()
+    assert architecture.additive == (family != "gemma3_text")
+    together = targets(architecture, requests, largest_chunk=10**6)
+    assert (deltas(together).norm(dim=-1) > 0.1 * together.initial.norm(dim=-1)).all()
+    assert_same(together, one_by_one(architecture, requests))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stored_attention_as_whole_rows(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture, requests = architecture_of(family), encoded()
+    assert attention_can_be_stored(architecture, requests[0], LAYER)
+    stored = targets(architecture, requests)
+    monkeypatch.setattr("hf_alphaedit.targets.attention_can_be_stored", lambda *_: False)
+    assert_same(stored, targets(architecture, requests))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_first_look_is_the_plain_models_likelihood(family: str) -> None:
+    architecture, requests = architecture_of(family), encoded()
+    found = targets(architecture, requests, value_steps=1)
+    assert torch.equal(found.values, found.initial)
+    assert found.steps.tolist() == [0] * len(requests)
+    for request, likelihood in zip(requests, found.likelihood.tolist(), strict=True):
+        losses = []
+        for row in request.rows:
+            with torch.no_grad():
+                logits = architecture.model(torch.tensor([row.token_ids])).logits[0, row.first_prediction :]
+            losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(request.target)).item())
+        assert likelihood == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_search_lowers_the_loss() -> None:
+    architecture, requests = architecture_of(), encoded(EASY)
+    before = targets(architecture, requests, value_steps=1)
+    after = targets(architecture, requests, clamp_factor=4.0, value_steps=12)
+    assert (after.likelihood < before.likelihood - 1).all()
+
+
+@pytest.mark.parametrize("largest_chunk", [1, 60, 100])
+def test_chunks_decide_nothing(largest_chunk: int) -> None:
+    architecture, requests = architecture_of(), encoded()
+    order = sorted(range(len(requests)), key=lambda index: suffix_length(requests[index]))
+    assert len(chunked(order, requests, largest_chunk)) > len(chunked(order, requests, 10**6))
+    assert_same(targets(architecture, requests, largest_chunk=largest_chunk), targets(architecture, requests))
+
+
+def test_chunks_hold_every_request_once_within_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_alphaedit.targets.WORTHWHILE_CHUNK", 0)  # no chunk is too small to be cut for its padding
+    requests = encoded(REQUESTS * 4)
+    order = sorted(range(len(requests)), key=lambda index: suffix_length(requests[index]))
+    for size in (1, 30, 100, 10**6):
+        chunks = chunked(order, requests, size)
+        assert [index for chunk in chunks for index in chunk] == order
+        for chunk in chunks:
+            lengths = [suffix_length(requests[index]) for index in chunk]
+            assert len(chunk) == 1 or len(chunk) * 4 * max(lengths) <= size
+            assert max(lengths) <= 1.25 * min(lengths)
+
+
+class SmallMemory:
+    """Fails, as torch's allocator does, where more than so many rows come together."""
+
+    def __init__(self, model: PreTrainedModel, rows: int, message: str) -> None:
+        self.rows, self.message, self.failures = rows, message, 0
+        model.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, _: Any, __: Any, keywords: dict[str, Any]) -> None:
+        if keywords["input_ids"].shape[0] > self.rows:
+            self.failures += 1
+            raise RuntimeError(self.message)
+
+
+ALLOCATOR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+
+
+@pytest.mark.parametrize("message", [f"{ALLOCATOR} allocate 9 bytes", "CUDA out of memory. Tried to allocate 2 GiB"])
+def test_a_chunk_that_does_not_fit_is_halved(message: str, caplog: pytest.LogCaptureFixture) -> None:
+    requests = encoded(REQUESTS[:1] * 4 + REQUESTS[:4])
+    undisturbed = targets(architecture_of(), requests, largest_chunk=10**6)
+    architecture = architecture_of()
+    memory = SmallMemory(architecture.model, 4, message)  # the rows of one request
+    with caplog.at_level(logging.WARNING):
+        found = targets(architecture, requests, largest_chunk=10**6)
+    assert memory.failures >= 3
+    assert "trying half of them" in caplog.text
+    assert_same(found, undisturbed)
+    SmallMemory(architecture.model, 2, message)
+    with pytest.raises(RuntimeError, match="allocate"):
+        targets(architecture, requests[:1])
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory() -> None:
+    architecture, requests = architecture_of(), encoded()
+    memory = SmallMemory(architecture.model, 4, "mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        targets(architecture, requests * 2, largest_chunk=10**6)
+    assert memory.failures <= 2  # with and without stored attention states; no halves were tried
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_products_in_bfloat16_are_close(family: str) -> None:
+    architecture, requests = architecture_of(family), encoded()
+    exact = targets(architecture, requests, value_steps=3)
+    rounded = targets(architecture, requests, value_steps=3, forward_dtype="bfloat16")
+    assert rounded.values.dtype == torch.float32
+    assert not torch.equal(rounded.initial, exact.initial)
+    assert (rounded.initial - exact.initial).norm() < 0.02 * exact.initial.norm()
+    torch.testing.assert_close(rounded.likelihood, exact.likelihood, rtol=0.05, atol=0.05)
+    # Adam's first steps follow signs, so a small gradient that rounds to the other side turns one coordinate round.
+    assert (torch.cosine_similarity(deltas(rounded), deltas(exact)) > 0.9).all()
+    assert all(
+        module.weight.dtype == torch.float32 for module in architecture.model.modules() if hasattr(module, "weight")
+    )
+    assert not any("forward" in vars(module) for module in architecture.model.modules())
+
+
+def test_product_dtype_follows_setting_and_weights() -> None:
+    narrow, wide = architecture_of(model=tiny_model("llama").bfloat16()), architecture_of()
+    assert product_dtype(wide, CONFIG) is None
+    assert product_dtype(wide, CONFIG.replace(forward_dtype="bfloat16")) == torch.bfloat16
+    assert product_dtype(narrow, CONFIG.replace(forward_dtype="auto")) is None
+    assert product_dtype(narrow, CONFIG.replace(forward_dtype="float32")) == torch.float32
+    assert product_dtype(wide, CONFIG.replace(forward_dtype="auto")) in (None, torch.bfloat16)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_finished_requests_leave_the_batch(family: str) -> None:
+    architecture, requests = architecture_of(family), encoded(EASY)
+    options = {"clamp_factor": 4.0, "value_steps": 12, "kl_factor": 0.0, "weight_decay": 0.0}
+    alone = [targets(architecture, [request], **options).likelihood for request in requests]
+    stop_loss = float(torch.cat(alone).median()) + 0.3  # some get there
+    rows: list[int] = []
+    handle = architecture.head.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
+    found = targets(architecture, requests, stop_loss=stop_loss, largest_chunk=10**6, **options)
+    handle.remove()
+    assert 1 < len(set(found.steps.tolist())) <= len(requests)
+    assert min(rows) < max(rows)  # logits at fewer positions than at first
+    assert_same(found, one_by_one(architecture, requests, stop_loss=stop_loss, **options))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_get_no_gradient_and_nothing_stays(family: str) -> None:
+    model = tiny_model(family)
+    architecture = architecture_of(model=model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    targets(architecture, encoded(), value_steps=3)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_duplicates_do_not_see_each_other() -> None:
+    architecture, requests = architecture_of(), encoded()
+    same_subject = encoded([EditRequest("The capital of {} is", "France", "Oslo")])
+    found = targets(architecture, [requests[0], requests[1], requests[0], *same_subject])
+    assert torch.equal(found.values[0], found.values[2]) or (found.values[0] - found.values[2]).norm() < 1e-4
+    assert_same(found, one_by_one(architecture, [requests[0], requests[1], requests[0], *same_subject]))
+    torch.testing.assert_close(found.initial[3], found.initial[0], rtol=1e-5, atol=1e-5)
+    assert (found.values[3] - found.values[0]).norm() > 0.1
+
+
+def test_a_loss_that_is_not_finite_is_an_editing_error() -> None:
+    architecture = architecture_of()
+    count = 0
+
+    def spoil(_: Any, __: Any, output: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return output * float("nan") if count > 5 else output
+
+    architecture.head.register_forward_hook(spoil)
+    with pytest.raises(EditingError, match=r"not finite at step \d.*lower learning_rate"):
+        targets(architecture, encoded()[:1])
