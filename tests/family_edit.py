@@ -44,7 +44,6 @@ class FamilyResult:
     logit_change: float
 
 
-
 def edit_family(model: PreTrainedModel, layers: tuple[int, ...] | None = None) -> FamilyResult:
     """Edit `model` with next to no ridge and no protected directions, so that every target is met.
 

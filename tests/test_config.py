@@ -19,7 +19,8 @@ OTHER: dict[str, Any] = {
     "forward_dtype": "bfloat16", "context_templates": ("Yes. {}", "中. {}"), "context_length": 7,
     "context_special_tokens": True, "context_keys": "mean", "projection": "soft_inside_hard",
     "threshold_rule": "absolute", "energy_share": 0.9, "absolute_threshold": 1e-3, "soft_weight": 15000.0,
-    "l2": 10.0, "use_history": False, "tokens_per_dimension": 3, "sequence_length": 64, "cache_targets": False, "source": "a test",
+    "l2": 10.0, "use_history": False, "tokens_per_dimension": 3, "sequence_length": 64, "cache_targets": False,
+    "source": "a test",
 }  # fmt: skip
 
 
@@ -88,7 +89,8 @@ def test_settings_of_a_newer_format_are_dropped_with_a_warning(caplog: pytest.Lo
         ("context_templates", ("no place",)), ("context_templates", ("{} and {}",)), ("context_templates", "{}"),
         ("context_length", 0), ("context_keys", "both"), ("projection", "strong"), ("threshold_rule", None),
         ("energy_share", 0), ("energy_share", 1.0), ("absolute_threshold", 0.0), ("soft_weight", 0.0),
-        ("l2", 0.0), ("l2", True), ("tokens_per_dimension", 0), ("sequence_length", 0), ("cache_targets", None), ("source", None),
+        ("l2", 0.0), ("l2", True), ("tokens_per_dimension", 0), ("sequence_length", 0), ("cache_targets", None),
+        ("source", None),
     ],
 )  # fmt: skip
 def test_a_value_that_makes_no_sense_is_refused(name: str, value: Any) -> None:

@@ -130,9 +130,7 @@ def test_a_target_that_merges_with_the_prompt_is_encoded_alone() -> None:
     prompt, target = "The capital of France is", "land"
     prompt_ids = tokenizer(prompt)["input_ids"]
     joint = tokenizer(prompt + target)["input_ids"]
-    expected = (
-        joint[len(prompt_ids) :] if joint[: len(prompt_ids)] == prompt_ids else tokenizer(target)["input_ids"]
-    )
+    expected = joint[len(prompt_ids) :] if joint[: len(prompt_ids)] == prompt_ids else tokenizer(target)["input_ids"]
     assert encode_target(tokenizer, prompt, target) == expected
 
 

@@ -178,7 +178,11 @@ def test_removing_one_of_a_batch_at_one_layer_is_as_if_it_had_not_been_asked(whi
     # At a single layer nothing is measured after the first write, so solving again is exact, if the stored keys are
     # the very columns that were solved for.
     config = AlphaEditConfig(
-        layers=(2,), value_steps=3, tokens_per_dimension=4, sequence_length=32, context_templates=("So: {}",),
+        layers=(2,),
+        value_steps=3,
+        tokens_per_dimension=4,
+        sequence_length=32,
+        context_templates=("So: {}",),
         context_keys="mean",
     )
     editor = AlphaEditor(tiny_model("llama"), tiny_tokenizer(), config)
