@@ -108,8 +108,8 @@ def check_model(editor: AlphaEditor) -> CheckReport:
         editor: of the model; making one has refused what can't be edited.
     """
     architecture, config = editor.architecture, editor.config
-    layers = config.layers or ()
     sites = editor.sites()
+    layers = tuple(site.layer for site in sites)
     shapes = [tuple(site.read().shape) for site in sites]
     checks = tuple(
         SiteCheck(

@@ -61,7 +61,7 @@ def align_rows(
             found = None
         if found is not None:
             return found
-    return _run_rows(architecture, rows, delta_layer, cached=False)  # ty: ignore[invalid-return-type]
+    return _run_rows(architecture, rows, delta_layer, cached=False)  # ty: ignore[invalid-explicit-return]
 
 
 def _run_rows(

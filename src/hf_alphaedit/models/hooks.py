@@ -70,14 +70,14 @@ def replaced_forward(replacements: Mapping[nn.Module, Callable[..., Any]]) -> It
     saved = {module: vars(module).get("forward") for module in replacements}
     try:
         for module, function in replacements.items():
-            module.forward = function  # ty: ignore[invalid-assignment]
+            module.forward = function
         yield
     finally:
         for module, forward in saved.items():
             if forward is None:
                 vars(module).pop("forward", None)
             else:
-                module.forward = forward  # ty: ignore[invalid-assignment]
+                module.forward = forward
 
 
 @contextmanager
