@@ -18,7 +18,7 @@ from hf_alphaedit.errors import EditingError, UnsupportedModelError
 from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import EncodedRequest, TokenRow
 from hf_alphaedit.models.forward import align_rows, resume_rows
-from hf_alphaedit.models.hooks import products_in, replaced_forward
+from hf_alphaedit.models.hooks import multiplies_bfloat16, products_in, replaced_forward
 from hf_alphaedit.models.rows import AlignedRows, prediction_positions
 from hf_alphaedit.processes import Processes
 from hf_alphaedit.sharing import search_shared
@@ -291,12 +291,3 @@ def product_dtype(architecture: Architecture, config: AlphaEditConfig) -> torch.
     if weight.dtype != torch.float32:
         return None
     return torch.bfloat16 if multiplies_bfloat16(architecture.input_device) else None
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether `device` has matrix units for bfloat16."""
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return bool(capabilities.get("amx_tile") or capabilities.get("avx512_bf16"))
-    supports = getattr(torch.get_device_module(device), "is_bf16_supported", None)
-    return supports is not None and bool(supports())

@@ -153,3 +153,12 @@ def products_in(
         for module in modules
         if type(module) in (nn.Linear, Conv1D) and not has_offloaded_params(module)
     }
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether `device` has matrix units for bfloat16."""
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return bool(capabilities.get("amx_tile") or capabilities.get("avx512_bf16"))
+    supports = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    return supports is not None and bool(supports())
