@@ -88,7 +88,7 @@ def test_side_by_side_as_one_by_one(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stored_attention_as_whole_rows(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     architecture, requests = architecture_of(family), encoded()
-    assert attention_can_be_stored(architecture, requests[0], LAYER)
+    assert attention_can_be_stored(architecture, requests, LAYER)
     stored = targets(architecture, requests)
     monkeypatch.setattr("hf_alphaedit.targets.attention_can_be_stored", lambda *_: False)
     assert_same(stored, targets(architecture, requests))

@@ -98,7 +98,7 @@ def compute_targets(
     dtype = product_dtype(architecture, config)
     modules = [module for block in architecture.blocks for module in block.modules()]
     products = products_in([*modules, architecture.head], dtype)
-    cached = attention_can_be_stored(architecture, requests[order[-1]], layer)
+    cached = attention_can_be_stored(architecture, requests, layer)
     with tqdm(total=count * config.value_steps, desc="targets", unit="step", name="hf_alphaedit", leave=False) as bar:
         while chunks:
             chunk = chunks.pop(0)
@@ -154,20 +154,25 @@ def _rows_of(requests: Sequence[EncodedRequest]) -> list[TokenRow]:
     return [row for request in requests for row in (*request.rows, request.essence)]
 
 
-def attention_can_be_stored(architecture: Architecture, request: EncodedRequest, layer: int) -> bool:
+def attention_can_be_stored(architecture: Architecture, requests: Sequence[EncodedRequest], layer: int) -> bool:
     """Whether passes may start from stored attention states; False means that whole rows have to run.
 
-    Found out on one request, by comparing the logits with those of a whole pass in the model's own dtype.
+    Found out by comparing the logits with those of a whole pass in the model's own dtype, on the requests whose
+    subjects end last and first: their rows are shifted against each other the most, which some families' positions
+    can't stand.
 
     Raises:
         EditingError: the model's logits are not finite.
         UnsupportedModelError: neither way of resuming gives the logits of the whole pass.
     """
-    rows = _rows_of([request])
+    last = max(requests, key=lambda request: max(row.subject for row in request.rows))
+    first = min(requests, key=lambda request: min(row.subject for row in request.rows))
+    rows = _rows_of([last, first])
+    whole, _, reference = align_rows(architecture, rows, layer, cached=False)
+    if not torch.isfinite(reference).all():
+        raise EditingError("the model's logits are not finite; its weights are damaged, or need dtype='float32'")
     for cached in (True, False):
-        aligned, _, reference = align_rows(architecture, rows, layer, cached=cached)
-        if not torch.isfinite(reference).all():
-            raise EditingError("the model's logits are not finite; its weights are damaged, or need dtype='float32'")
+        aligned = align_rows(architecture, rows, layer)[0] if cached else whole
         if _resumes(architecture, aligned, rows, layer, reference):
             return cached
     raise UnsupportedModelError(
