@@ -132,3 +132,8 @@ def test_a_file_that_holds_no_settings(text: str, message: str, tmp_path: Path) 
         AlphaEditConfig.from_json_file(path)
     with pytest.raises(FileNotFoundError):
         AlphaEditConfig.from_json_file(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(("steps", "published"), [(20, 20), (25, 25), (40, 25)])
+def test_paper_mode_searches_no_longer_than_published(steps: int, published: int) -> None:
+    assert AlphaEditConfig(value_steps=steps).paper().value_steps == published

@@ -120,7 +120,7 @@ class AlphaEditConfig:
         """
         return self.replace(
             projection="hard", threshold_rule="absolute", absolute_threshold=2e-2, l2=10.0, use_history=True,
-            value_steps=max(self.value_steps, 20), clamp_factor=0.75, kl_factor=0.0625, weight_decay=0.5,
+            value_steps=min(self.value_steps, 25), clamp_factor=0.75, kl_factor=0.0625, weight_decay=0.5,
             stop_loss=5e-2, stop_at_argmax=False, forward_dtype="model", context_templates=None, context_length=10,
             context_special_tokens=True, context_keys="mean", tokens_per_dimension=100,
             source=f"paper mode of: {self.source}",
