@@ -99,7 +99,7 @@ def _run_rows(
         positions = prediction_positions(rows, subject, before)
         logits = _logits(
             architecture, positions, input_ids=token_ids, attention_mask=attention_mask,
-            **position_keywords(architecture, position_ids),
+            **(position_keywords(architecture, position_ids) if cached else {}),
             **({"past_key_values": cache, "use_cache": True} if cached else {"use_cache": False}),
         )  # fmt: skip
     attention: list[tuple[Tensor, ...]] = [(), ()]
@@ -150,13 +150,14 @@ def resume_rows(
     keywords: dict[str, Any] = {"use_cache": False}
     if aligned.attention_keys:
         keywords = {"past_key_values": _cache_of(aligned), "use_cache": True}
+        keywords |= position_keywords(architecture, aligned.position_ids)
     with (
         skipped_blocks(architecture, aligned, architecture.resume_block(delta_layer)),
         on_output(architecture.value_module(delta_layer), add_delta),
     ):
         return _logits(
             architecture, positions, input_ids=aligned.token_ids, attention_mask=aligned.attention_mask,
-            **position_keywords(architecture, aligned.position_ids), **keywords,
+            **keywords,
         )  # fmt: skip
 
 

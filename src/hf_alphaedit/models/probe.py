@@ -44,22 +44,24 @@ def probe_additivity(architecture: Architecture, layers: Sequence[int]) -> dict[
     """Change the output of each layer's down-projection and compare what its block makes of it.
 
     One forward pass up to the last of these layers: row 0 of the batch is left alone, row i + 1 is changed in layer
-    `layers[i]`, at two positions, since a gate may let through a share of its own at each. The model and the random
-    state are as before.
+    `layers[i]`, at two positions, since a gate may let through a share of its own at each. The last row ends in
+    another token, which earlier positions must not notice. The model and the random state are as before.
 
     Raises:
-        UnsupportedModelError: a down-projection doesn't run when its block does, or the blocks' outputs are no hidden
-            states of shape (batch, positions, hidden size).
+        UnsupportedModelError: a down-projection doesn't run when its block does, the blocks' outputs are no hidden
+            states of shape (batch, positions, hidden size), or positions depend on later tokens.
     """
-    model, rows = architecture.model, len(layers) + 1
+    model, rows = architecture.model, len(layers) + 2
     vocabulary = model.get_input_embeddings().num_embeddings
     token_ids = ((torch.arange(LENGTH) + FIRST_TOKEN) % vocabulary).expand(rows, -1)  # (B, T)
     token_ids = token_ids.contiguous().to(architecture.input_device)
+    token_ids[-1, -1] = token_ids[0, 0]
     generator = torch.Generator().manual_seed(0)
     entered: dict[int, Tensor] = {}
     added: dict[int, Tensor] = {}
     changes: dict[int, Tensor] = {}
     shapes: dict[int, torch.Size] = {}
+    seen_ahead: dict[int, float] = {}
 
     def add(output: Tensor, row: int, layer: int) -> Tensor:
         by_row = output.reshape(rows, LENGTH, -1).clone()  # some families flatten (B, T, h) around the feed-forward
@@ -74,6 +76,8 @@ def probe_additivity(architecture: Architecture, layers: Sequence[int]) -> dict[
     def compare(output: Tensor, row: int, layer: int) -> None:
         shapes[layer] = output.shape
         if output.dim() == 3:
+            early = output[[0, -1], 0].float()  # (2, h)
+            seen_ahead[layer] = float((early[1] - early[0]).norm() / early[0].norm())
             changes[layer] = (output[row, CHANGED].float() - output[0, CHANGED].float()).flatten().cpu()
 
     with ExitStack() as stack:
@@ -100,12 +104,17 @@ def probe_additivity(architecture: Architecture, layers: Sequence[int]) -> dict[
                 f"block {layer} of {type(model).__name__} returns a tensor of shape {tuple(shapes.get(layer, ()))}; "
                 "hidden states (batch, positions, hidden size) are needed"
             )
+        dtype = architecture.site(layer).module.weight.dtype
+        tolerance = TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE)
+        if not seen_ahead[layer] < tolerance:
+            raise UnsupportedModelError(
+                f"in block {layer} of {type(model).__name__} a token's hidden state depends on later tokens; only "
+                "causal decoders can be edited (an encoder needs is_decoder=True in its config)"
+            )
         delta, change = added[layer], changes[layer]
         scale = float(change @ delta / (delta @ delta))
         error = float((change - scale * delta).norm() / change.norm().clamp_min(1e-30))
-        dtype = architecture.site(layer).module.weight.dtype
-        additive = error < TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE)
-        found[layer] = Additivity(scale, error, additive)
+        found[layer] = Additivity(scale, error, error < tolerance)
     return found
 
 

@@ -118,7 +118,10 @@ def at_positions(hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def position_keywords(architecture: Architecture, position_ids: Tensor) -> dict[str, Tensor]:
-    """`position_ids`, for the families whose forward takes them; the others read positions off the mask."""
+    """`position_ids`, for the families whose forward takes them, where rows are padded on the left or resumed.
+
+    Whole rows padded on the right need none, and are better off without: some families count from another number.
+    """
     takes = "position_ids" in inspect.signature(type(architecture.model).forward).parameters
     return {"position_ids": position_ids} if takes else {}
 

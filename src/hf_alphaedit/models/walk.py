@@ -16,7 +16,6 @@ from hf_alphaedit.models.rows import (
     at_positions,
     by_row,
     form_of_output,
-    position_keywords,
     skipped_blocks,
     whole_rows,
 )
@@ -56,10 +55,7 @@ class KeyWalk:
             _form_of(architecture.blocks[max(layer - 1, 0)], form),
             stop_after(stop),
         ):
-            architecture.model(
-                input_ids=aligned.token_ids, attention_mask=aligned.attention_mask, use_cache=False,
-                **position_keywords(architecture, aligned.position_ids),
-            )  # fmt: skip
+            architecture.model(input_ids=aligned.token_ids, attention_mask=aligned.attention_mask, use_cache=False)
         self.aligned, self.first_block = replace(aligned, entry=inputs[0], block_form=form[-1]), layer
         return keys[layer], values[0]
 
