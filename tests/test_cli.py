@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from test_hub import Hub
+from test_tracing import FACTS as KNOWN_FACTS
+from test_tracing import knowing_model
 from tiny import tiny_model, tiny_tokenizer, training_text
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
@@ -170,19 +172,15 @@ def test_check_names_the_weights(folder: Path):
     assert json.loads(run("check", folder / "base", "--set", "layers=2", "--json").stdout)
 
 
-def test_trace_suggests_layers(folder: Path, tmp_path: Path):
-    model = AutoModelForCausalLM.from_pretrained(folder / "base")
-    tokenizer = tiny_tokenizer()
-    prompt = "Marie Curie is known for"
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
-    answer = tokenizer.decode(model(ids).logits[0, -1].argmax())  # what the random model "knows"
-    fact = {"prompt": prompt, "subject": "Marie Curie", "attribute": answer}
-    (tmp_path / "facts.json").write_text(json.dumps([fact]), encoding="utf-8")
-    arguments = ("trace", folder / "base", tmp_path / "facts.json", "--samples", 1, "--length", 2)
-    report = json.loads(run(*arguments, "--plot", tmp_path / "trace.png", "--json").stdout)
-    assert report["known"] == 1
+def test_trace_suggests_layers(tmp_path: Path):
+    knowing_model("llama", tiny_tokenizer()).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "facts.json").write_text(json.dumps(KNOWN_FACTS), encoding="utf-8")
+    arguments = ("trace", tmp_path / "model", tmp_path / "facts.json", "--samples", 1, "--length", 2)
+    report = json.loads(run(*arguments, "--limit", 2, "--plot", tmp_path / "trace.png", "--json").stdout)
+    assert (report["known"], report["given"]) == (2, 2)
     assert (tmp_path / "trace.png").stat().st_size > 1000
-    (tmp_path / "facts.json").write_text(json.dumps([{**fact, "attribute": "zebra"}]), encoding="utf-8")
+    (tmp_path / "facts.json").write_text(json.dumps({**KNOWN_FACTS[0], "attribute": "zebra"}), encoding="utf-8")
     assert "knows none of the 1 facts" in run(*arguments, code=1).stderr
 
 

@@ -78,7 +78,7 @@ def loads_model(command: Callable[..., None]) -> Callable[..., None]:
     arguments = [item for item in own if item.kind is item.POSITIONAL_OR_KEYWORD]
     options = [item for item in own if item.kind is item.KEYWORD_ONLY]
     parameters = [item.replace(annotation=hints[item.name]) for item in (first, *arguments, *options, *shared[:-1])]
-    with_model.__signature__ = inspect.Signature(parameters)  # ty: ignore[unresolved-attribute]
+    with_model.__signature__ = inspect.Signature(parameters)  # ty: ignore[missing-attribute]
     with_model.__annotations__ = {item.name: item.annotation for item in parameters}
     return with_model
 
