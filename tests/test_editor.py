@@ -1,8 +1,10 @@
 """`apply_edits` end to end on tiny models: all or nothing, the same twice, and every odd input handled."""
 
 import random
+import re
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_alphaedit import AlphaEditor, EditRequest
-from hf_alphaedit.errors import AlphaEditError, ConfigError, RequestError, StateError
+from hf_alphaedit.errors import AlphaEditError, ConfigError, RequestError, StateError, StatisticsError
 from hf_alphaedit.models.weights import EditSite
 
 
@@ -291,3 +293,27 @@ def test_edits_of_another_base_model_are_refused() -> None:
     editor.apply_edits(REQUESTS[:1])
     with pytest.raises(StateError, match="another base model"):
         AlphaEditor(tiny_model("llama", seed=1), tiny_tokenizer(), editor.config, history=editor.history)
+
+
+def test_later_edits_use_the_text_of_the_earlier_ones(tmp_path: Path) -> None:
+    editor = tiny_editor()
+    editor.apply_edits(REQUESTS[:1])
+    moments = {name: moment.clone() for name, moment in editor.second_moments().items()}
+    editor.save_pretrained(tmp_path)
+    again = AlphaEditor.from_pretrained(tmp_path)
+    again.second_moment_directory = editor.second_moment_directory
+    assert again.config.corpus == editor.config.corpus
+    assert equal(again.second_moments(), moments)
+
+    elsewhere = AlphaEditor.from_pretrained(tmp_path)
+    elsewhere.second_moment_directory = tmp_path / "empty"
+    with pytest.raises(StatisticsError, match=re.escape(str(editor.config.corpus))):
+        elsewhere.apply_edits(REQUESTS[1:])
+
+
+def test_settings_survive_undoing_everything(tmp_path: Path) -> None:
+    editor = tiny_editor(l2=0.02)
+    editor.apply_edits(REQUESTS[:1])
+    editor.undo_all()
+    editor.save_pretrained(tmp_path)
+    assert AlphaEditor.from_pretrained(tmp_path).config.l2 == 0.02

@@ -76,6 +76,10 @@ class AlphaEditConfig:
     # Second moments
     tokens_per_dimension: int = setting(10, "corpus tokens for each dimension of the key")
     sequence_length: int = setting(512, "tokens of one packed corpus sequence")
+    corpus: str | None = setting(
+        None, "identity of the text that was used; filled in, so that later edits use the same"
+    )
+    corpus_tokens: int | None = setting(None, "tokens of that text that were asked for; filled in")
 
     cache_targets: bool = setting(True, "keep computed targets on disk, keyed by everything they depend on")
     source: str = setting("defaults", "where these settings come from")

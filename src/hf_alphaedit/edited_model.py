@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from hf_alphaedit.algorithm.nullspace import SpectralFilter, Spectrum
 from hf_alphaedit.batches import Batch
-from hf_alphaedit.config import AlphaEditConfig
+from hf_alphaedit.config import CONFIG_NAME, AlphaEditConfig
 from hf_alphaedit.filters import build_filters, collect_moments, null_rank_of
 from hf_alphaedit.history import HISTORY_NAME, History
 from hf_alphaedit.models.architecture import resolve_architecture
@@ -128,7 +128,11 @@ class EditedModel:
         history_file = local_copy(name, HISTORY_NAME, **hub)
         history = None if history_file is None else History.load(history_file)
         if history is not None and config is None:
-            config = AlphaEditConfig.from_dict(dict(history.batches[-1].settings)) if history.batches else None
+            saved = local_copy(name, CONFIG_NAME, **hub)
+            if history.batches:
+                config = AlphaEditConfig.from_dict(dict(history.batches[-1].settings))
+            elif saved is not None:
+                config = AlphaEditConfig.from_json_file(saved)
         return cls(model, tokenizer, config, history=history, base_revision=commit_of(name, **hub))
 
     def sites(self) -> list[EditSite]:
@@ -173,7 +177,8 @@ class EditedModel:
 
         Args:
             corpus: texts, a local .txt or .jsonl file, or a data set's id; "self" samples text from the model. None
-                takes Wikipedia from the Hub, or "self" (with a warning) where the Hub can't be reached.
+                takes the text of the edits so far; before any, Wikipedia from the Hub, or "self" (with a warning)
+                where the Hub can't be reached.
             num_tokens: tokens to read; None means `config.tokens_per_dimension` for each dimension of a key.
             force: compute again even if there is a cached result.
             convergence: also compare the two halves of the corpus, to see whether the text was enough.
@@ -181,8 +186,11 @@ class EditedModel:
         Raises:
             StatisticsError: the corpus is empty or can't be read, or the keys are not finite.
         """
+        earlier = self.config.corpus if self.history.batches else None
         with self.unedited(), inference_state(self.model):
-            self._moments = collect_moments(self, corpus, num_tokens=num_tokens, force=force)
+            self._moments = collect_moments(self, corpus, num_tokens=num_tokens, force=force, earlier=earlier)
+        if (self.config.corpus, num_tokens) != (self._moments.corpus, None):
+            self.config = self.config.replace(corpus=self._moments.corpus, corpus_tokens=num_tokens)
         self._spectra = self._filters = None
         null_rank = partial(null_rank_of, config=self.config)
         return report_statistics(self._moments, self.spectra(), null_rank, convergence=convergence)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from huggingface_hub.utils import tqdm
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hf_alphaedit.algorithm.nullspace import SpectralFilter, Spectrum, hard_filter, ridge_filter, soft_filter
 from hf_alphaedit.config import AlphaEditConfig
-from hf_alphaedit.corpus import Corpus, open_corpus
+from hf_alphaedit.corpus import SELF_CORPUS, Corpus, Document, open_corpus
+from hf_alphaedit.errors import StatisticsError
 from hf_alphaedit.statistics import SecondMoments, collect_second_moments
 
 
@@ -22,7 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 def collect_moments(
-    editor: EditedModel, corpus: Corpus | None, *, num_tokens: int | None = None, force: bool = False
+    editor: EditedModel,
+    corpus: Corpus | None,
+    *,
+    num_tokens: int | None = None,
+    force: bool = False,
+    earlier: str | None = None,
 ) -> SecondMoments:
     """The second moments of all the editor's sites.
 
@@ -31,20 +37,43 @@ def collect_moments(
         corpus: see `EditedModel.prepare`.
         num_tokens: see there.
         force: see there.
+        earlier: identity of the text that earlier edits were made with. It is what None then stands for: its moments
+            are read from the cache, or its text is sampled again, if the model itself wrote it.
 
     Raises:
         StatisticsError: the corpus is empty or can't be read, or the keys are not finite.
     """
     sites, config, history = editor.sites(), editor.config, editor.history
     dimension = max(site.read().shape[1] for site in sites)
-    num_tokens = num_tokens or config.tokens_per_dimension * dimension
-    documents, name = open_corpus(corpus, editor.model, editor.tokenizer, num_tokens=num_tokens)
+    again = corpus is None and earlier is not None
+    num_tokens = num_tokens or (config.corpus_tokens if again else None) or config.tokens_per_dimension * dimension
+    documents: Iterable[Document]
+    if again and not earlier.startswith(SELF_CORPUS):
+        documents, name = _Gone(earlier), earlier
+    else:
+        wanted = SELF_CORPUS if again else corpus
+        documents, name = open_corpus(wanted, editor.model, editor.tokenizer, num_tokens=num_tokens)
+    if earlier not in (None, name):
+        logger.warning("earlier edits used the statistics of %s; the next ones use those of %s", earlier, name)
     return collect_second_moments(
         editor.model, editor.tokenizer, sites, documents, num_tokens=num_tokens,
         sequence_length=config.sequence_length, base_fingerprint=history.base_fingerprint,
         tokenizer_fingerprint=history.tokenizer_fingerprint, corpus_name=name,
         cache_directory=editor.second_moment_directory, force=force,
     )  # fmt: skip
+
+
+class _Gone(Iterable[str]):
+    """A text that isn't at hand; its statistics may still be in the cache."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __iter__(self) -> Iterator[str]:
+        raise StatisticsError(
+            f"the edits so far were made with the statistics of {self.name!r}, which aren't in the cache here: call "
+            "prepare with that text, or with another one if that is what you want"
+        )
 
 
 def null_rank_of(spectrum: Spectrum, config: AlphaEditConfig) -> int:

@@ -157,17 +157,16 @@ def _rows_of(requests: Sequence[EncodedRequest]) -> list[TokenRow]:
 def attention_can_be_stored(architecture: Architecture, requests: Sequence[EncodedRequest], layer: int) -> bool:
     """Whether passes may start from stored attention states; False means that whole rows have to run.
 
-    Found out by comparing the logits with those of a whole pass in the model's own dtype, on the requests whose
-    subjects end last and first: their rows are shifted against each other the most, which some families' positions
-    can't stand.
+    Found out by comparing the logits with those of a whole pass in the model's own dtype, on the two rows whose
+    subjects end last and first: they are shifted against each other the most, which some families' positions can't
+    stand.
 
     Raises:
         EditingError: the model's logits are not finite.
         UnsupportedModelError: neither way of resuming gives the logits of the whole pass.
     """
-    last = max(requests, key=lambda request: max(row.subject for row in request.rows))
-    first = min(requests, key=lambda request: min(row.subject for row in request.rows))
-    rows = _rows_of([last, first])
+    ordered = sorted(_rows_of(requests), key=lambda row: row.subject)
+    rows = [ordered[-1], ordered[0]]
     whole, _, reference = align_rows(architecture, rows, layer, cached=False)
     if not torch.isfinite(reference).all():
         raise EditingError("the model's logits are not finite; its weights are damaged, or need dtype='float32'")
