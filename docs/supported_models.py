@@ -92,6 +92,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     rows: list[str] = []
     refused: dict[str, list[str]] = defaultdict(list)
+    failed: list[str] = []
     skipped = set(UNBUILDABLE)
     for family in FAMILIES:
         if family in UNBUILDABLE:
@@ -107,11 +108,18 @@ def main() -> None:
             refused[str(error)].append(family)
             print(f"{family}: refused: {error}", flush=True)
             continue
-        result = edit_family(model)
+        try:
+            result = edit_family(model)
+        except Exception as error:  # noqa: BLE001 - all are shown at the end
+            failed.append(f"{family}: {type(error).__name__}: {error}")
+            continue
         if not result.error < TOLERANCE:
-            raise SystemExit(f"{family}: relative error {result.error:.1e}")
+            failed.append(f"{family}: relative error {result.error:.1e}")
+            continue
         rows.append(row(family, result))
         print(f"{rows[-1]} {time.perf_counter() - began:.1f} s", flush=True)
+    if failed:
+        raise SystemExit("\n".join(failed))
     reasons = "\n".join(f"- {', '.join(families)}: {reason}" for reason, families in sorted(refused.items()))
     OUTPUT.write_text(
         PAGE.format(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -60,11 +60,15 @@ def probe_additivity(architecture: Architecture, layers: Sequence[int]) -> dict[
     entered: dict[int, Tensor] = {}
     added: dict[int, Tensor] = {}
     changes: dict[int, Tensor] = {}
-    shapes: dict[int, torch.Size] = {}
     seen_ahead: dict[int, float] = {}
 
     def add(output: Tensor, row: int, layer: int) -> Tensor:
         by_row = output.reshape(rows, LENGTH, -1).clone()  # some families flatten (B, T, h) around the feed-forward
+        if by_row.shape[-1] != architecture.hidden_size:
+            raise UnsupportedModelError(
+                f"{architecture.site(layer).name} has {by_row.shape[-1]} outputs where the residual stream has "
+                f"{architecture.hidden_size}; set target_module to a matrix that writes to the residual stream"
+            )
         before = by_row[row, CHANGED].clone()  # (2, h)
         direction = torch.randn(before.shape, generator=generator).to(output.device)
         # As large as the residual stream, so that rounding there doesn't hide it.
@@ -74,17 +78,16 @@ def probe_additivity(architecture: Architecture, layers: Sequence[int]) -> dict[
         return by_row.view_as(output)
 
     def compare(output: Tensor, row: int, layer: int) -> None:
-        shapes[layer] = output.shape
-        if output.dim() == 3:
-            early = output[[0, -1], 0].float()  # (2, h)
-            seen_ahead[layer] = float((early[1] - early[0]).norm() / early[0].norm())
-            changes[layer] = (output[row, CHANGED].float() - output[0, CHANGED].float()).flatten().cpu()
+        _require_hidden_states(output, rows, architecture, layer)
+        early = output[[0, -1], 0].float()  # (2, h)
+        seen_ahead[layer] = float((early[1] - early[0]).norm() / early[0].norm())
+        changes[layer] = (output[row, CHANGED].float() - output[0, CHANGED].float()).flatten().cpu()
 
     with ExitStack() as stack:
         stack.enter_context(inference_state(model))
         for row, layer in enumerate(layers, start=1):
             module, block = architecture.site(layer).module, architecture.blocks[layer]
-            keep_norm = _keep_norm(entered, layer)
+            keep_norm = _keep_norm(entered, rows, architecture, layer)
             stack.enter_context(on_input(block, keep_norm))
             stack.enter_context(on_output(module, lambda out, row=row, layer=layer: add(out, row, layer)))
             stack.enter_context(on_output(block, lambda out, row=row, layer=layer: compare(out, row, layer)))
@@ -99,14 +102,9 @@ def probe_additivity(architecture: Architecture, layers: Sequence[int]) -> dict[
                 f"{name} doesn't run when block {layer} of {type(model).__name__} does (it is fused, skipped or one "
                 "of several experts), so an edit of it might have no effect; set target_module to a module that runs"
             )
-        if layer not in changes:
-            raise UnsupportedModelError(
-                f"block {layer} of {type(model).__name__} returns a tensor of shape {tuple(shapes.get(layer, ()))}; "
-                "hidden states (batch, positions, hidden size) are needed"
-            )
         dtype = architecture.site(layer).module.weight.dtype
         tolerance = TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE)
-        if not seen_ahead[layer] < tolerance:
+        if seen_ahead[layer] >= tolerance:  # not so for NaN, which damaged weights give and editing reports
             raise UnsupportedModelError(
                 f"in block {layer} of {type(model).__name__} a token's hidden state depends on later tokens; only "
                 "causal decoders can be edited (an encoder needs is_decoder=True in its config)"
@@ -118,8 +116,20 @@ def probe_additivity(architecture: Architecture, layers: Sequence[int]) -> dict[
     return found
 
 
-def _keep_norm(entered: dict[int, Tensor], layer: int):
+def _keep_norm(
+    entered: dict[int, Tensor], rows: int, architecture: Architecture, layer: int
+) -> Callable[[Tensor], None]:
     def keep(hidden: Tensor) -> None:
-        entered[layer] = hidden[0, CHANGED].detach().float().norm(dim=-1, keepdim=True)
+        _require_hidden_states(hidden, rows, architecture, layer)
+        entered[layer] = hidden[0, CHANGED].detach().float().norm(dim=-1, keepdim=True)  # (2, 1)
 
     return keep
+
+
+def _require_hidden_states(hidden: Tensor, rows: int, architecture: Architecture, layer: int) -> None:
+    wanted = (rows, LENGTH, architecture.hidden_size)
+    if hidden.shape != wanted:
+        raise UnsupportedModelError(
+            f"block {layer} of {type(architecture.model).__name__} has hidden states of shape {tuple(hidden.shape)}; "
+            f"{wanted}, (batch, positions, hidden size), is needed"
+        )
