@@ -9,12 +9,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-# No tiny model can be made of these by changing sizes alone, or it is not tiny.
+# No tiny model can be made of these by changing sizes alone, it is not tiny, or its feed-forward blocks start at zero.
 UNBUILDABLE = frozenset(
     {
         "blt", "cohere_compass_text", "dbrx", "dots3_note", "dots3_note_text", "gemma3n", "gemma4_assistant",
         "gemma4_unified_assistant", "gpt_neo", "lfm2_moe", "longcat_flash", "mamba2", "musicgen", "musicgen_melody",
-        "qwen4_exp", "qwen4_exp_text", "reformer", "xlm", "zaya",
+        "qwen4_exp", "qwen4_exp_text", "reformer", "xlm", "xlstm", "zaya",
     }
 )  # fmt: skip
 

@@ -121,7 +121,18 @@ def resolve_architecture(
     if layers is None:
         editable = architecture.editable_layers()
         layers = [editable[len(editable) // 2]] if editable else [len(blocks) // 2]
+    for layer in layers:
+        _require_own_weight(architecture.site(layer), model)
     return replace(architecture, **_additivity(architecture, layers))
+
+
+def _require_own_weight(site: EditSite, model: PreTrainedModel) -> None:
+    names = [name for name, weight in model.named_parameters(remove_duplicate=False) if weight is site.module.weight]
+    if len(names) > 1:
+        raise UnsupportedModelError(
+            f"{names[0]} and {', '.join(names[1:])} are one weight, so an edit of one block would change the others; "
+            "choose other layers, or a target_module that each block has for itself"
+        )
 
 
 def _additivity(architecture: Architecture, layers: Sequence[int]) -> dict[str, Any]:
