@@ -44,7 +44,9 @@ class FamilyResult:
     logit_change: float
 
 
-def edit_family(model: PreTrainedModel, layers: tuple[int, ...] | None = None) -> FamilyResult:
+def edit_family(
+    model: PreTrainedModel, layers: tuple[int, ...] | None = None, target_module: str | None = None
+) -> FamilyResult:
     """Edit `model` with next to no ridge and no protected directions, so that every target is met.
 
     The prediction is made from the base model alone: what the plain forward pass showed before, plus the delta of the
@@ -52,9 +54,9 @@ def edit_family(model: PreTrainedModel, layers: tuple[int, ...] | None = None) -
     of the package in between.
     """
     if layers is None:
-        architecture = resolve_architecture(model)
+        architecture = resolve_architecture(model, target_module)
         layers = tuple(architecture.editable_layers()[:2])
-    architecture = resolve_architecture(model, layers=layers)
+    architecture = resolve_architecture(model, target_module, layers)
     before, logits_before = plain_values(architecture, layers[-1])
     edited = edit(architecture, layers)
     after, logits_after = plain_values(architecture, layers[-1])
@@ -77,7 +79,7 @@ def edit(architecture: Architecture, layers: tuple[int, ...]) -> EditedBatch:
     config = AlphaEditConfig(
         layers=layers, projection="none", l2=1e-6, value_steps=4, stop_loss=0.0, forward_dtype="model"
     )
-    filters = {site.name: ridge_filter(site.read().shape[1], config.l2) for site in map(architecture.site, layers)}
+    filters = {site.name: ridge_filter(site.shape[1], config.l2) for site in map(architecture.site, layers)}
     history = History(model_fingerprint(architecture.model), tokenizer_fingerprint(tokenizer))
     history.remember_base([architecture.site(layer) for layer in layers])
     with inference_state(architecture.model):

@@ -14,8 +14,11 @@ from hf_alphaedit.models.architecture import resolve_architecture
 
 # One of each kind: Conv1D, tuple outputs and parallel blocks, ALiBi, learned positions, a norm after the
 # down-projection with soft-caps and sliding windows, a residual multiplier, shared experts, a hybrid with a state
-# space, blocks that return a list.
-FAST = ("llama", "gpt2", "gptj", "bloom", "opt", "gemma2", "granite", "qwen2_moe", "bamba", "openai-gpt")
+# space, blocks that return a list; and routed experts: with a bias and stored input-first, and behind a norm.
+FAST = (
+    "llama", "gpt2", "gptj", "bloom", "opt", "gemma2", "granite", "qwen2_moe", "bamba", "openai-gpt", "mixtral",
+    "qwen3_moe", "olmoe", "gpt_oss", "flex_olmo",
+)  # fmt: skip
 TOLERANCE = 1e-3
 
 
@@ -56,7 +59,7 @@ def test_every_family_is_edited_correctly_or_refused_by_name(family: str) -> Non
     result = edit_family(model)
     assert result.error < TOLERANCE
     assert result.change > 0.01
-    sites = {result.architecture.site(layer).name + ".weight" for layer in result.layers}
+    sites = {result.architecture.site(layer).parameter for layer in result.layers}
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == sites
 
@@ -104,9 +107,9 @@ def test_a_module_that_never_runs_is_refused() -> None:
         resolve_architecture(model)
 
 
-def test_a_mixture_of_experts_alone_is_refused_with_the_reason() -> None:
-    with pytest.raises(UnsupportedModelError, match="only a mixture of experts"):
-        resolve_architecture(build("gpt_oss"))
+def test_a_mixture_of_experts_outside_the_interface_is_refused_with_the_reason() -> None:
+    with pytest.raises(UnsupportedModelError, match="only a mixture of experts that can't be edited: JetMoeParallel"):
+        resolve_architecture(build("jetmoe"))
 
 
 def test_layers_that_do_not_exist_are_named() -> None:

@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import has_offloaded_params
 
 from hf_alphaedit.estimates import editing_memory, editing_seconds, parameters_of
+from hf_alphaedit.filters import tokens_wanted
 from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import encode_request
 from hf_alphaedit.models.hooks import inference_state, stop_after
@@ -110,10 +111,10 @@ def check_model(editor: AlphaEditor) -> CheckReport:
     architecture, config = editor.architecture, editor.config
     sites = editor.sites()
     layers = tuple(site.layer for site in sites)
-    shapes = [tuple(site.read().shape) for site in sites]
+    shapes = [site.shape for site in sites]
     checks = tuple(
         SiteCheck(
-            site.name, *shape, str(site.module.weight.dtype).removeprefix("torch."),
+            site.name, *shape, str(site.weight.dtype).removeprefix("torch."),
             f"{site.device}{', offloaded' if has_offloaded_params(site.module) else ''}",
             architecture.probed[site.layer].scale, architecture.probed[site.layer].error,
         )
@@ -121,7 +122,7 @@ def check_model(editor: AlphaEditor) -> CheckReport:
     )  # fmt: skip
     speed = tokens_per_second(architecture, layers[0])
     encoded = [encode_request(editor.tokenizer, EXAMPLE, CONTEXTS)] * REQUESTS
-    tokens = 0 if editor.is_prepared else config.tokens_per_dimension * max(width for _, width in shapes)
+    tokens = 0 if editor.is_prepared else tokens_wanted(editor)
     share = parameters_of(architecture.blocks[: layers[-1] + 1]) / parameters_of(architecture.blocks[: layers[0] + 1])
     source = editor.history.base_model
     return CheckReport(

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from hf_alphaedit.algorithm.moments import SecondMoment
 from hf_alphaedit.errors import StatisticsError
-from hf_alphaedit.models.hooks import captured_inputs, inference_state, products_in, replaced_forward, stop_after
+from hf_alphaedit.models.hooks import inference_state, products_in, replaced_forward, stop_after
+from hf_alphaedit.models.keys import Keys, captured_keys
 from hf_alphaedit.models.weights import EditSite, input_device
 from hf_alphaedit.processes import Processes
 from hf_alphaedit.statistics_files import Description, read_moments, write_moments
@@ -61,7 +62,9 @@ class CorpusPass:
     description: Description
 
     def collect(self, *, resume: bool) -> dict[str, Halves]:
-        """Run to the end, from the last checkpoint if `resume`, and return site name -> moments over all processes.
+        """Run to the end, from the last checkpoint if `resume`, and return block -> moments over all processes.
+
+        A block is a site, or one expert of a site; see `EditSite.blocks`.
 
         Raises:
             StatisticsError: a site never ran, or its keys are not finite.
@@ -96,7 +99,7 @@ class CorpusPass:
                 if time.monotonic() - saved_at >= self.checkpoint_seconds and done < len(mine):
                     self._save(done, halves)
                     saved_at = time.monotonic()
-        return {site.name: self._finished(site, halves) for site in self.sites}
+        return {name: self._finished(name, site, halves) for site in self.sites for name in site.blocks}
 
     def forget_checkpoint(self) -> None:
         """Remove this process's checkpoint, once the result is safe."""
@@ -108,8 +111,8 @@ class CorpusPass:
         alike = len(self.sequences[batch[-1]]) == len(self.sequences[batch[0]])
         return batch if alike else batch[:-1]
 
-    def _keys_within_memory(self, batch: range) -> dict[str, Tensor] | None:
-        """The keys (B, T, d) of every site; None if memory ran out, after which `batch_size` is half."""
+    def _keys_within_memory(self, batch: range) -> dict[str, Keys] | None:
+        """The keys of every site, with rows of (B T, d); None if memory ran out, after which `batch_size` is half."""
         try:
             return self._keys(batch)
         except RuntimeError as error:
@@ -120,16 +123,14 @@ class CorpusPass:
         clear_device_cache(garbage_collection=True)
         return None
 
-    def _keys(self, batch: range) -> dict[str, Tensor]:
+    def _keys(self, batch: range) -> dict[str, Keys]:
         token_ids = torch.stack([self.sequences[index] for index in batch]).long()  # (B, T)
         token_ids = token_ids.to(input_device(self.model))
         with ExitStack() as stack:
-            modules = {site.name: site.module for site in self.sites}
-            # Some architectures flatten (B, T, d) to (B T, d) around their feed-forward block.
-            keys = stack.enter_context(captured_inputs(modules, lambda x: x.reshape(*token_ids.shape, x.shape[-1])))
+            keys = stack.enter_context(captured_keys(self.sites, lambda x: x.reshape(-1, x.shape[-1])))
             stack.enter_context(stop_after(self.sites[-1].module))
             self.model(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), use_cache=False)
-        missed = sorted(modules.keys() - keys.keys())
+        missed = sorted({site.name for site in self.sites} - keys.keys())
         if missed:
             raise StatisticsError(
                 f"{missed} did not run in a forward pass of {type(self.model).__name__}, so there are no keys; "
@@ -137,40 +138,44 @@ class CorpusPass:
             )
         return keys
 
-    def _add(self, batch: range, keys: dict[str, Tensor], halves: dict[str, Halves]) -> None:
+    def _add(self, batch: range, keys: dict[str, Keys], halves: dict[str, Halves]) -> None:
         # The keys are all there now, and the forward pass has given its own memory back: what the sums need beside
         # is less than what it took, so that memory doesn't run out half-way through an update.
+        length = len(self.sequences[batch[0]])  # T
         parity = torch.tensor([index % 2 for index in batch])  # (B,)
         for site in self.sites:
-            inputs = keys.pop(site.name)[:, self.skipped :]  # (B, T, d)
-            if site.name not in halves:
-                halves[site.name] = self._empty_halves(site, inputs.shape[-1])
-            for half, moment in enumerate(halves[site.name]):
-                rows = (parity == half).nonzero().flatten().to(inputs.device)
-                moment.update(inputs.index_select(0, rows).flatten(0, 1))  # (n, d)
+            blocks = keys.pop(site.name)
+            self._begin(site, halves)
+            for name, (rows, inputs) in blocks.items():  # (m,), (m, d)
+                counted = rows % length >= self.skipped  # (m,)
+                half_of = parity.to(rows.device)[rows // length]  # (m,)
+                for half, moment in enumerate(halves[name]):
+                    moment.update(inputs[counted & (half_of == half)])  # (n, d)
 
-    def _empty_halves(self, site: EditSite, dimension: int) -> Halves:
+    def _begin(self, site: EditSite, halves: dict[str, Halves]) -> None:
+        """Empty sums for every block of `site` that has none yet."""
         # The sums live with the layer, except where the device has no float64.
         device = torch.device("cpu") if site.device.type == "mps" else site.device
-        even, odd = (SecondMoment(dimension, device, self.product_dtype) for _ in range(2))
-        return even, odd
+        for name in site.blocks:
+            if name not in halves:
+                even, odd = (SecondMoment(site.dimension, device, self.product_dtype) for _ in range(2))
+                halves[name] = even, odd
 
-    def _finished(self, site: EditSite, halves: dict[str, Halves]) -> Halves:
-        if site.name not in halves:  # a process with no sequence of its own still takes part in the sum
-            halves[site.name] = self._empty_halves(site, site.read().shape[1])
-        for moment in halves[site.name]:
+    def _finished(self, name: str, site: EditSite, halves: dict[str, Halves]) -> Halves:
+        self._begin(site, halves)  # a process with no sequence of its own still takes part in the sum
+        for moment in halves[name]:
             packed = self.processes.sum(moment.packed)
             moment.packed = packed.float().double().cpu()  # as in the file, so that the cache changes nothing
             moment.count = int(self.processes.sum(torch.tensor(moment.count)))
             if not moment.packed.isfinite().all():
                 raise StatisticsError(
-                    f"the keys of {site.name} are not finite; the model overflows in {self.model.dtype}: "
+                    f"the keys of {name} are not finite; the model overflows in {self.model.dtype}: "
                     "load it in bfloat16 or float32"
                 )
-        return halves.pop(site.name)
+        return halves[name]
 
     def _save(self, done: int, halves: dict[str, Halves]) -> None:
-        moments = [moment for site in self.sites for moment in halves[site.name]]
+        moments = [moment for site in self.sites for name in site.blocks for moment in halves[name]]
         write_moments(self.checkpoint, moments, {**self.description, "done": done}, torch.float64)
 
     def _resume(self) -> tuple[int, dict[str, Halves]]:
@@ -186,9 +191,10 @@ class CorpusPass:
             logger.warning("the checkpoint can't be used (%s); starting again", error)
             return 0, {}
         halves: dict[str, Halves] = {}
-        for site, even, odd in zip(self.sites, moments[::2], moments[1::2], strict=True):
-            halves[site.name] = self._empty_halves(site, even.dimension)
-            for moment, read in zip(halves[site.name], (even, odd), strict=True):
-                moment.merge(read)
+        for site in self.sites:
+            self._begin(site, halves)
+        for (even, odd), pair in zip(halves.values(), zip(moments[::2], moments[1::2], strict=True), strict=True):
+            even.merge(pair[0])
+            odd.merge(pair[1])
         logger.info("going on after %d of %d sequences", done, len(self.sequences))
         return done, halves

@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hf_alphaedit.algorithm.update import LowRankUpdate
+from hf_alphaedit.filters import corpus_energy
 from hf_alphaedit.lora import singular_factors
 from hf_alphaedit.report import as_text
 
@@ -74,22 +75,22 @@ def diff(editor: AlphaEditor, second_moments: Mapping[str, Tensor] | None = None
 
     Args:
         editor: with its history.
-        second_moments: site -> (d, d) E[k kᵀ] of the keys of a corpus, for the leak.
+        second_moments: what `AlphaEditor.second_moments` gives, for the leak.
     """
     moments = second_moments or {}
     reports = []
     for site in editor.sites():
         update = editor.history.factors(site.name)
         if update is not None:
-            reports.append(_site_diff(editor.history, site, update, moments.get(site.name)))
+            reports.append(_site_diff(editor.history, site, update, moments))
     return DiffReport(tuple(reports))
 
 
-def _site_diff(history: History, site: EditSite, update: LowRankUpdate, second_moment: Tensor | None) -> SiteDiff:
+def _site_diff(history: History, site: EditSite, update: LowRankUpdate, moments: Mapping[str, Tensor]) -> SiteDiff:
     _, values, _ = singular_factors(update)
     base = history.base_weights[site.name].double()  # (h, d)
     delta = history.delta(site.name).double()  # (h, d)
-    norm = delta.norm()
+    norm, known = delta.norm(), any(name in moments for name in site.blocks)
     lost = site.read().cpu().double() - base - delta  # (h, d)
     return SiteDiff(
         site=site.name,
@@ -98,12 +99,6 @@ def _site_diff(history: History, site: EditSite, update: LowRankUpdate, second_m
         rank=int((values > values.amax() * torch.finfo(torch.float32).eps).sum()),
         delta_norm=float(norm),
         relative_norm=float(norm / base.norm()),
-        corpus_energy=None if second_moment is None else _energy(delta, second_moment) / _energy(base, second_moment),
+        corpus_energy=corpus_energy(delta, site, moments) / corpus_energy(base, site, moments) if known else None,
         rounding=float(lost.norm() / norm) if norm > 0 else 0.0,
     )
-
-
-def _energy(weight: Tensor, second_moment: Tensor) -> float:
-    """E‖W k‖² = tr(W C Wᵀ)."""
-    weight = weight.to(second_moment.device, second_moment.dtype)
-    return float(((weight @ second_moment) * weight).sum(dtype=torch.float64))

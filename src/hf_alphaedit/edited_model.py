@@ -12,10 +12,10 @@ from huggingface_hub import cached_assets_path
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_alphaedit.algorithm.nullspace import SpectralFilter, Spectrum
+from hf_alphaedit.algorithm.nullspace import KeyFilter, Spectrum
 from hf_alphaedit.batches import Batch
 from hf_alphaedit.config import CONFIG_NAME, AlphaEditConfig
-from hf_alphaedit.filters import build_filters, collect_moments, null_rank_of
+from hf_alphaedit.filters import collect_moments, null_rank_of, site_filters
 from hf_alphaedit.history import HISTORY_NAME, History
 from hf_alphaedit.models.architecture import resolve_architecture
 from hf_alphaedit.models.fingerprint import model_fingerprint, tokenizer_fingerprint
@@ -75,7 +75,7 @@ class EditedModel:
         self.architecture = resolve_architecture(model, self.config.target_module, self.config.layers)
         self._moments: SecondMoments | None = None
         self._spectra: dict[str, Spectrum] | None = None
-        self._filters: dict[str, SpectralFilter] | None = None
+        self._filters: dict[str, KeyFilter] | None = None
         sites = self.sites()
         tokenizer_name = tokenizer_fingerprint(tokenizer)
         if history is None:
@@ -196,21 +196,24 @@ class EditedModel:
         return report_statistics(self._moments, self.spectra(), null_rank, convergence=convergence)
 
     def second_moments(self) -> dict[str, Tensor]:
-        """Site name -> E[k kᵀ] (d, d) float32 of the unedited model; collects them if that hasn't been done."""
+        """Site name -> E[k kᵀ] (d, d) float32 of the unedited model; collects them if that hasn't been done.
+
+        For a mixture of experts, one for each expert that saw enough tokens, under the names of `EditSite.blocks`.
+        """
         if self._moments is None:
             self.prepare()
         return cast(SecondMoments, self._moments).moments
 
     def spectra(self) -> dict[str, Spectrum]:
-        """Site name -> eigen-decomposition of its second moment."""
+        """Site name -> eigen-decomposition of its second moment, under the same names as `second_moments()`."""
         if self._spectra is None:
             self._spectra = {name: Spectrum.of(moment) for name, moment in self.second_moments().items()}
         return self._spectra
 
-    def filters(self) -> dict[str, SpectralFilter]:
+    def filters(self) -> dict[str, KeyFilter]:
         """The filter of each site's key spectrum; collects the statistics if that hasn't been done."""
         if self._filters is None:
-            self._filters = build_filters(self.spectra(), self.config)
+            self._filters = site_filters(self.sites(), self.spectra(), self.config)
         return self._filters
 
     @property

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_alphaedit.algorithm.nullspace import SpectralFilter
+from hf_alphaedit.algorithm.nullspace import BlockFilter, KeyFilter
 from hf_alphaedit.algorithm.update import LowRankUpdate, solve_update, spread_residual
 from hf_alphaedit.batches import Batch
 from hf_alphaedit.config import AlphaEditConfig
@@ -63,7 +63,7 @@ def edit_batch(
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[EditRequest],
     contexts: Sequence[str],
-    filters: Mapping[str, SpectralFilter],
+    filters: Mapping[str, KeyFilter],
     history: History,
     config: AlphaEditConfig,
     watch: Stopwatch,
@@ -86,7 +86,7 @@ def edit_batch(
         compute: the target search, (encoded requests, layer) -> targets; None is `compute_targets`.
 
     Raises:
-        EditingError: a key, target or update is not finite.
+        EditingError: a key, target or update is not finite, or a subject goes only to experts that can't be edited.
     """
     with watch.measuring("encoding"):
         encoded = [encode_request(tokenizer, request, contexts) for request in requests]
@@ -114,6 +114,7 @@ def edit_batch(
                 residual = residual / architecture.scale  # (n, h)
                 spectral_filter = filters[site.name].to(keys.device)
                 filtered = spectral_filter.root(keys)  # (n, d)
+                _require_open(filtered, spectral_filter, site.name, requests)
                 past = history.past_keys(site.name) if config.use_history else None
                 past = None if past is None else past.to(keys.device)
                 columns = spectral_filter.root(in_contexts) if config.context_keys == "separate" else filtered
@@ -183,3 +184,13 @@ def _require_finite(values: Tensor, what: str, requests: Sequence[EditRequest]) 
     if not finite.all():
         bad = [requests[index].subject for index in (~finite).nonzero()[:, 0].tolist()]
         raise EditingError(f"the {what} are not finite for {bad}; load the model in float32 or lower learning_rate")
+
+
+def _require_open(filtered: Tensor, key_filter: KeyFilter, site: str, requests: Sequence[EditRequest]) -> None:
+    shut = filtered.eq(0).all(-1)  # (n,)
+    if isinstance(key_filter, BlockFilter) and shut.any():
+        subjects = [requests[index].subject for index in shut.nonzero()[:, 0].tolist()]
+        raise EditingError(
+            f"{subjects} go only to experts of {site} that saw too few tokens to be edited; collect the statistics "
+            "from more text (prepare(num_tokens=...))"
+        )

@@ -51,8 +51,7 @@ def editing_seconds(editor: AlphaEditor, encoded: Sequence[EncodedRequest], toke
 def editing_memory(editor: AlphaEditor, encoded: Sequence[EncodedRequest]) -> int:
     """Bytes beyond the loaded model: activations of the largest chunk, filters, second moments and base weights."""
     architecture, sites = editor.architecture, editor.sites()
-    shapes = [site.read().shape for site in sites]
-    inner = max(width for _, width in shapes)
+    inner = max(site.dimension * architecture.probed[site.layer].experts_per_token for site in sites)
     rows = [row for request in encoded for row in (*request.rows, request.essence)]
     tokens = min(LARGEST_CHUNK, sum(len(row.token_ids) - row.subject for row in rows))
     share = tokens / max(1, sum(len(row.token_ids) - row.subject for row in rows))
@@ -61,5 +60,6 @@ def editing_memory(editor: AlphaEditor, encoded: Sequence[EncodedRequest]) -> in
     per_token = STATES_PER_BLOCK * architecture.hidden_size + INNER_STATES_PER_BLOCK * inner
     vocabulary = editor.model.config.get_text_config(decoder=True).vocab_size
     activations = 4 * (tokens * blocks * per_token + 3 * positions * vocabulary)
-    kept = sum(4 * (2 * width * width + 2 * height * width) for height, width in shapes)
-    return int(activations + kept)
+    filters = sum(4 * 2 * len(site.blocks) * site.dimension**2 for site in sites)
+    weights = sum(4 * 2 * site.shape[0] * site.shape[1] for site in sites)
+    return int(activations + filters + weights)

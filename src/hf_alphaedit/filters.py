@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from hf_alphaedit.algorithm.nullspace import SpectralFilter, Spectrum, hard_filter, ridge_filter, soft_filter
+from hf_alphaedit.algorithm.nullspace import (
+    BlockFilter,
+    KeyFilter,
+    SpectralFilter,
+    Spectrum,
+    hard_filter,
+    ridge_filter,
+    soft_filter,
+)
 from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.corpus import SELF_CORPUS, Corpus, Document, open_corpus
 from hf_alphaedit.errors import StatisticsError
+from hf_alphaedit.models.weights import EditSite
 from hf_alphaedit.statistics import SecondMoments, collect_second_moments
 
 
@@ -44,9 +54,8 @@ def collect_moments(
         StatisticsError: the corpus is empty or can't be read, or the keys are not finite.
     """
     sites, config, history = editor.sites(), editor.config, editor.history
-    dimension = max(site.read().shape[1] for site in sites)
     again = corpus is None and earlier is not None
-    num_tokens = num_tokens or (config.corpus_tokens if again else None) or config.tokens_per_dimension * dimension
+    num_tokens = num_tokens or (config.corpus_tokens if again else None) or tokens_wanted(editor)
     documents: Iterable[Document]
     if again and not earlier.startswith(SELF_CORPUS):
         documents, name = _Gone(earlier), earlier
@@ -61,6 +70,16 @@ def collect_moments(
         tokenizer_fingerprint=history.tokenizer_fingerprint, corpus_name=name,
         cache_directory=editor.second_moment_directory, force=force,
     )  # fmt: skip
+
+
+def tokens_wanted(editor: EditedModel) -> int:
+    """Tokens to read so that each block of a key sees `tokens_per_dimension` keys for each of its entries.
+
+    In a mixture of experts a token goes to a few of the blocks only; busy experts will see more, others less.
+    """
+    probed = editor.architecture.probed
+    entries = [-(-site.shape[1] // probed[site.layer].experts_per_token) for site in editor.sites()]
+    return editor.config.tokens_per_dimension * max(entries)
 
 
 class _Gone(Iterable[str]):
@@ -83,13 +102,44 @@ def null_rank_of(spectrum: Spectrum, config: AlphaEditConfig) -> int:
     return spectrum.null_rank_by_threshold(config.absolute_threshold)
 
 
+def site_filters(
+    sites: Sequence[EditSite], moments: Mapping[str, Tensor | Spectrum], config: AlphaEditConfig
+) -> dict[str, KeyFilter]:
+    """Site name -> filter of its whole keys, from the second moments (or spectra) of their blocks.
+
+    An expert without a second moment is closed: nothing is written to it.
+    """
+    wanted = {name: moments[name] for site in sites for name in site.blocks if name in moments}
+    filters = build_filters(wanted, config)
+    return {
+        site.name: BlockFilter(tuple(filters.get(name) for name in site.blocks), site.dimension)
+        if len(site.blocks) > 1
+        else filters[site.blocks[0]]
+        for site in sites
+    }
+
+
+def corpus_energy(matrix: Tensor, site: EditSite, moments: Mapping[str, Tensor]) -> float:
+    """E‖M k‖² = tr(M C Mᵀ) over the keys k of the corpus, for M (h, d).
+
+    For a mixture of experts, the sum over those that have a second moment, each over the tokens it saw.
+    """
+    total = 0.0
+    for name, block in zip(site.blocks, matrix.split(site.dimension, dim=1), strict=True):  # (h, d) each
+        if name in moments:
+            moment = moments[name]
+            block = block.to(moment.device, moment.dtype)
+            total += float(((block @ moment) * block).sum(dtype=torch.float64))
+    return total
+
+
 def build_filters(moments: Mapping[str, Tensor | Spectrum], config: AlphaEditConfig) -> dict[str, SpectralFilter]:
-    """Site name -> filter, from second moments (d, d) or their spectra.
+    """Block -> filter, from second moments (d, d) or their spectra.
 
     Warns where a hard threshold leaves next to nothing, or protects next to nothing.
 
     Args:
-        moments: site name -> second moment (d, d), or its spectrum.
+        moments: block -> second moment (d, d), or its spectrum.
         config: the rule and its numbers.
     """
     filters = {}

@@ -16,6 +16,7 @@ from hf_alphaedit.batches import Batch
 from hf_alphaedit.editing import EditedBatch
 from hf_alphaedit.evaluation.generation import generate
 from hf_alphaedit.evaluation.scoring import score
+from hf_alphaedit.filters import corpus_energy
 from hf_alphaedit.report import EditReport, Outcome, SiteChange
 from hf_alphaedit.requests import EditRequest
 
@@ -119,14 +120,13 @@ def _site_changes(editor: AlphaEditor, edited: Sequence[EditedBatch], earlier: S
         delta = editor.history.delta(name, [batch.batch for batch in edited])  # (h, d)
         before = editor.history.weight(name, earlier).float()
         realised = editor.history.weight(name).float() - before
-        moment = moments[name]  # (d, d)
         kept = torch.cat([batch.kept_energy[name] for batch in edited])
         changes.append(
             SiteChange(
                 site=name,
                 relative_norm=float(delta.norm() / base.norm()),
                 rank=sum(len(batch.batch.updates[name].inputs) for batch in edited),
-                corpus_energy=float(((delta @ moment) * delta).sum() / ((base @ moment) * base).sum()),
+                corpus_energy=corpus_energy(delta, site, moments) / corpus_energy(base, site, moments),
                 null_rank=filters[name].null_rank,
                 dimension=base.shape[1],
                 kept_energy=float(kept.mean()),

@@ -35,18 +35,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class SecondMoments:
-    """C = E[k kᵀ] of the unedited model's keys at every site.
+    """C = E[k kᵀ] of the unedited model's keys at every site, over the tokens that have a key there.
+
+    The experts of a mixture have one each, under the names of `EditSite.blocks`. An expert that saw fewer tokens than
+    its keys have entries has none: its null space would be made of what it was never asked.
 
     Attributes:
-        moments: site name -> (d, d) float32, CPU.
-        files: site name -> our own file, which also holds the two half-sample moments; none for a legacy file.
+        moments: block -> (d, d) float32, CPU.
+        counts: block -> keys seen, for all blocks of all sites.
+        files: block -> our own file, which also holds the two half-sample moments; none for a legacy file.
         corpus: identity of the text.
-        tokens: keys seen per site.
+        tokens: keys seen at the first site, over all its blocks.
         seconds: time spent on reading or computing.
         from_cache: whether every moment came from the cache.
     """
 
     moments: dict[str, Tensor]
+    counts: dict[str, int]
     files: dict[str, Path]
     corpus: str
     tokens: int
@@ -104,7 +109,8 @@ def collect_second_moments(
         checkpoint_seconds: time between two checkpoints.
 
     Raises:
-        StatisticsError: the corpus is empty, a site never ran, or its keys are not finite.
+        StatisticsError: the corpus is empty, a site never ran, its keys are not finite, or none of its experts saw
+            enough tokens.
     """
     began = time.monotonic()
     processes = Processes.current()
@@ -121,13 +127,13 @@ def collect_second_moments(
         "product_dtype": str(product_dtype),
         "forward_dtype": str(forward_dtype),
     }
-    descriptions = {site.name: {**common, "site": site.name} for site in sites}
+    descriptions = {name: {**common, "site": name} for site in sites for name in site.blocks}
     directory = Path(cache_directory)
     files = {name: directory / f"{name}-{digest_of(about)}.safetensors" for name, about in descriptions.items()}
 
     halves = {} if force else _read_cached(files, descriptions)
     # Processes on several machines may have different caches: what one of them lacks is computed by all.
-    lacking = processes.sum(torch.tensor([site.name not in halves for site in sites]).long())  # (sites,)
+    lacking = processes.sum(torch.tensor([not halves.keys() >= {*site.blocks} for site in sites]).long())  # (sites,)
     missing = [site for site, count in zip(sites, lacking.tolist(), strict=True) if count]
     if missing:
         about = {**common, "sites": [site.name for site in missing], "process": [processes.rank, processes.count]}
@@ -151,14 +157,7 @@ def collect_second_moments(
         processes.wait()
         corpus_pass.forget_checkpoint()
         halves |= collected
-    return SecondMoments(
-        moments={site.name: _mean(halves[site.name]) for site in sites},
-        files=files,
-        corpus=corpus_name,
-        tokens=sum(half.count for half in halves[sites[0].name]),
-        seconds=time.monotonic() - began,
-        from_cache=not missing,
-    )
+    return _second_moments(sites, halves, files, corpus_name, began, from_cache=not missing)
 
 
 def load_second_moments(directory: str | Path, sites: Sequence[EditSite], base_fingerprint: str) -> SecondMoments:
@@ -171,25 +170,27 @@ def load_second_moments(directory: str | Path, sites: Sequence[EditSite], base_f
         StatisticsError: a site has no file or several, or its file is damaged, of another shape, or of other weights.
     """
     began = time.monotonic()
-    moments, files, corpora, counts = {}, {}, set(), set()
-    for site in sites:
-        own, legacy = f"{site.name}-*.safetensors", f"{site.name}_*mom2*.npz"
+    halves: dict[str, Halves] = {}
+    files, corpora = {}, set()
+    owners = {name: site for site in sites for name in site.blocks}
+    for name, owner in owners.items():
+        own, legacy = f"{name}-*.safetensors", f"{name}_*mom2*.npz"
         found = [*Path(directory).glob(own), *Path(directory).glob(legacy)]
-        if len(found) != 1:
+        if len(found) != 1 and (found or len(owner.blocks) == 1):  # experts that saw too little may have no file
             raise StatisticsError(f"{directory} has {len(found)} files {own} or {legacy}; exactly one is needed")
-        path, dimension = found[0], site.read().shape[1]
+        if not found:
+            continue
+        path = found[0]
         if path.suffix == ".npz":
-            half, origin = read_legacy_moment(path, dimension), f"legacy files of {directory}"
-            halves = (half, SecondMoment(dimension))
+            half, origin = read_legacy_moment(path, owner.dimension), f"legacy files of {directory}"
+            halves[name] = (half, SecondMoment(owner.dimension))
         else:
             (even, odd), about = read_moments(path)
-            if (about["base"], about["site"], even.dimension) != (base_fingerprint, site.name, dimension):
-                raise StatisticsError(f"{path} belongs to other weights than those of {site.name} in this model")
-            halves, origin, files[site.name] = (even, odd), about["corpus"], path
-        moments[site.name] = _mean(halves)
+            if (about["base"], about["site"], even.dimension) != (base_fingerprint, name, owner.dimension):
+                raise StatisticsError(f"{path} belongs to other weights than those of {name} in this model")
+            halves[name], origin, files[name] = (even, odd), about["corpus"], path
         corpora.add(origin)
-        counts.add(sum(half.count for half in halves))
-    return SecondMoments(moments, files, ", ".join(sorted(corpora)), min(counts), time.monotonic() - began, True)
+    return _second_moments(sites, halves, files, ", ".join(sorted(corpora)), began, from_cache=True)
 
 
 def save_legacy_moments(statistics: SecondMoments, directory: str | Path, *, sample_size: int = 100_000) -> list[Path]:
@@ -201,8 +202,33 @@ def save_legacy_moments(statistics: SecondMoments, directory: str | Path, *, sam
     paths = []
     for name, moment in statistics.moments.items():
         paths.append(Path(directory) / f"{name}_float32_mom2_{sample_size}.npz")
-        write_legacy_moment(paths[-1], moment, statistics.tokens, sample_size)
+        write_legacy_moment(paths[-1], moment, statistics.counts[name], sample_size)
     return paths
+
+
+def _second_moments(
+    sites: Sequence[EditSite],
+    halves: dict[str, Halves],
+    files: dict[str, Path],
+    corpus: str,
+    began: float,
+    *,
+    from_cache: bool,
+) -> SecondMoments:
+    """The means of `halves`, without those of experts that saw too little."""
+    moments, counts = {}, {}
+    for site in sites:
+        seen = {name: sum(half.count for half in halves.get(name, ())) for name in site.blocks}
+        enough = [name for name in site.blocks if len(site.blocks) == 1 or seen[name] >= site.dimension]
+        if not enough:
+            raise StatisticsError(
+                f"none of the {len(seen)} experts of {site.name} saw {site.dimension} tokens, as many as its keys "
+                f"have entries (the busiest saw {max(seen.values())}); give more text (num_tokens)"
+            )
+        moments |= {name: _mean(halves[name]) for name in enough}
+        counts |= seen
+    tokens = sum(counts[name] for name in sites[0].blocks)
+    return SecondMoments(moments, counts, files, corpus, tokens, time.monotonic() - began, from_cache)
 
 
 def _read_cached(files: dict[str, Path], descriptions: dict[str, Description]) -> dict[str, Halves]:

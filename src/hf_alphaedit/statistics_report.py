@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class SiteStatistics:
     """The spectrum of the keys at one site.
 
     Attributes:
-        site: module path.
+        site: module path; for a mixture of experts, that of one expert's weight.
         dimension: d.
         null_rank: directions that may be edited freely under the configured rule.
         energy_directions: share of the energy (as text) -> how many of the largest directions hold it.
@@ -55,10 +55,11 @@ class StatisticsReport:
 
     Attributes:
         corpus: identity of the text.
-        tokens: keys per site.
+        tokens: keys per site; in a mixture of experts, one for each expert that a token goes to.
         seconds: time spent.
         from_cache: whether nothing had to be computed.
-        sites: one entry per edited weight.
+        sites: one entry per edited weight, or expert.
+        left_out: experts that saw too few tokens to be edited -> how many.
     """
 
     corpus: str
@@ -66,6 +67,7 @@ class StatisticsReport:
     seconds: float
     from_cache: bool
     sites: tuple[SiteStatistics, ...]
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def warnings(self) -> list[str]:
@@ -81,6 +83,11 @@ class StatisticsReport:
                     f"{entry.site}: {self.tokens} tokens can't span {entry.dimension} dimensions; read at least ten "
                     "tokens per dimension"
                 )
+        if self.left_out:
+            found.append(
+                f"{len(self.left_out)} experts saw fewer tokens than their keys have entries and are not edited; read "
+                f"more text to have them all: {', '.join(self.left_out)}"
+            )
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,8 +149,9 @@ def report_statistics(
             )
         )
     return StatisticsReport(
-        statistics.corpus, statistics.tokens, statistics.seconds, statistics.from_cache, tuple(sites)
-    )
+        statistics.corpus, statistics.tokens, statistics.seconds, statistics.from_cache, tuple(sites),
+        {name: count for name, count in statistics.counts.items() if name not in statistics.moments},
+    )  # fmt: skip
 
 
 def _convergence(

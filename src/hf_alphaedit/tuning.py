@@ -21,10 +21,11 @@ from hf_alphaedit.editing import Stopwatch, edit_batch
 from hf_alphaedit.errors import EditingError, RequestError, StateError
 from hf_alphaedit.evaluation.damage import Reference, make_reference
 from hf_alphaedit.evaluation.protocol import evaluate
-from hf_alphaedit.filters import build_filters, collect_moments
+from hf_alphaedit.filters import collect_moments, site_filters
 from hf_alphaedit.history import History
 from hf_alphaedit.models.encoding import EncodedRequest
 from hf_alphaedit.models.hooks import inference_state
+from hf_alphaedit.models.weights import EditSite
 from hf_alphaedit.records import Record, read_records
 from hf_alphaedit.targets import Targets, compute_targets
 from hf_alphaedit.tracing import trace
@@ -155,6 +156,7 @@ class _Bench:
     seed: int
     targets: dict[str, Targets] = field(default_factory=dict)
     spectra: dict[str, Spectrum] = field(default_factory=dict)
+    decomposed: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         editor = self.editor
@@ -185,7 +187,7 @@ class _Bench:
         config = self.start.replace(**settings)
         self.editor.reconfigure(config)
         sites = self.editor.sites()
-        filters = build_filters({site.name: self._spectrum(site.name) for site in sites}, config)
+        filters = site_filters(sites, self._spectra(sites), config)
         scratch = History("", "")  # only for the weights: the editor's own history has no part in this
         scratch.remember_base(sites)
         metrics, error = {}, None
@@ -203,14 +205,15 @@ class _Bench:
         score = objective(metrics, self.before) if metrics else 0.0
         return Trial(dict(settings), score, metrics, time.monotonic() - began, error)
 
-    def _spectrum(self, name: str) -> Spectrum:
+    def _spectra(self, sites: Sequence[EditSite]) -> dict[str, Spectrum]:
         """Decomposed once for each weight, whatever the settings of its filter."""
-        if name not in self.spectra:
+        if not {site.name for site in sites} <= self.decomposed:
             moments: dict[str, Tensor] = collect_moments(self.editor, self.corpus).moments
             self.spectra |= {
                 found: Spectrum.of(moment) for found, moment in moments.items() if found not in self.spectra
             }
-        return self.spectra[name]
+            self.decomposed |= {site.name for site in sites}
+        return self.spectra
 
     def _search(self, config: AlphaEditConfig) -> Callable[[Sequence[EncodedRequest], int], Targets]:
         """A target search that remembers: with the same settings and nothing written below, targets are the same."""

@@ -119,3 +119,38 @@ def ridge_filter(dimension: int, l2: float) -> SpectralFilter:
         l2: λ, positive.
     """
     return SpectralFilter(torch.zeros(dimension, 0), torch.zeros(0), l2**-0.5, dimension)
+
+
+@dataclass(frozen=True)
+class BlockFilter:
+    """A filter of keys that are made of blocks with spectra of their own, F^½ = diag(F_1^½, ..., F_E^½).
+
+    Attributes:
+        blocks: one filter for each block, in order; None lets nothing through, so that the block is never edited.
+        dimension: d, length of a block.
+    """
+
+    blocks: tuple[SpectralFilter | None, ...]
+    dimension: int
+
+    @property
+    def null_rank(self) -> int:
+        """Number of directions that may be edited freely, over all blocks."""
+        return sum(block.null_rank for block in self.blocks if block is not None)
+
+    def root(self, keys: Tensor) -> Tensor:
+        """F^½ k for keys (..., E d), as `SpectralFilter.root`."""
+        apart = keys.unflatten(-1, (len(self.blocks), self.dimension))  # (..., E, d)
+        result = torch.zeros_like(apart, dtype=torch.promote_types(keys.dtype, torch.float32))
+        used = apart.flatten(0, -3).ne(0).any(-1).any(0).tolist()  # (E,), most tokens go to a few experts
+        for index, block in enumerate(self.blocks):
+            if block is not None and used[index]:
+                result[..., index, :] = block.root(apart[..., index, :])
+        return result.flatten(-2)
+
+    def to(self, device: torch.device) -> "BlockFilter":
+        """The same filter on another device."""
+        return BlockFilter(tuple(None if one is None else one.to(device) for one in self.blocks), self.dimension)
+
+
+KeyFilter = SpectralFilter | BlockFilter

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_alphaedit.errors import UnsupportedModelError
+from hf_alphaedit.models.experts import ExpertsSite, is_fused, problem_with
 from hf_alphaedit.models.probe import Additivity, probe_additivity
 from hf_alphaedit.models.weights import EditSite
 
@@ -22,6 +23,8 @@ from hf_alphaedit.models.weights import EditSite
 DOWN_PROJECTION_NAMES = frozenset({"down_proj", "c_proj", "fc_out", "fc2", "dense_4h_to_h", "w2"})
 # Parts of a path that is no feed-forward block: attention and other mixers of positions, norms, adapters, routers.
 NOT_FEED_FORWARD = ("attn", "attention", "mixer", "mamba", "ssm", "conv", "norm", "lora", "adapter", "router", "gate")
+EXPERTS_LEAF = ExpertsSite.parameter_name
+EXPERTS_REMEDY = "Set target_module to a matrix that runs for every token"
 SAME_SCALE = 2e-2  # factors closer than this are one factor, seen through a low-precision dtype
 
 
@@ -71,7 +74,9 @@ class Architecture:
 
     def editable_layers(self) -> list[int]:
         """The layers that have the down-projection; hybrids and some mixtures of experts have it only in some."""
-        names = {name for name, module in self.model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+        modules = dict(self.model.named_modules())
+        names = {name for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D))}
+        names |= {f"{name}.{EXPERTS_LEAF}" for name, module in modules.items() if is_fused(module)}
         return [layer for layer in range(len(self.blocks)) if self.target_module.format(layer) in names]
 
     def site(self, layer: int) -> EditSite:
@@ -85,7 +90,11 @@ class Architecture:
                 f"layer {layer} doesn't exist: {type(self.model).__name__} has layers 0 to {len(self.blocks) - 1}"
             )
         name = self.target_module.format(layer)
+        parent, _, leaf = name.rpartition(".")
         try:
+            experts = self.model.get_submodule(parent)
+            if leaf == EXPERTS_LEAF and is_fused(experts):
+                return self._experts_site(name, layer, experts)
             module = self.model.get_submodule(name)
         except AttributeError as error:
             raise UnsupportedModelError(
@@ -93,8 +102,17 @@ class Architecture:
                 f"{self.editable_layers()}"
             ) from error
         if not isinstance(module, (nn.Linear, Conv1D)):
-            raise UnsupportedModelError(f"{name} is a {type(module).__name__}; an nn.Linear or Conv1D is needed")
+            remedy = f"; set target_module to {self.target_module}.{EXPERTS_LEAF}" if is_fused(module) else ""
+            raise UnsupportedModelError(
+                f"{name} is a {type(module).__name__}; an nn.Linear or Conv1D is needed{remedy}"
+            )
         return EditSite(name, layer, module)
+
+    def _experts_site(self, name: str, layer: int, module: nn.Module) -> ExpertsSite:
+        problem = problem_with(module, self.hidden_size)
+        if problem is not None:
+            raise UnsupportedModelError(f"{name} can't be edited: {problem}. {EXPERTS_REMEDY}")
+        return ExpertsSite(name, layer, module)
 
 
 def resolve_architecture(
@@ -127,7 +145,7 @@ def resolve_architecture(
 
 
 def _require_own_weight(site: EditSite, model: PreTrainedModel) -> None:
-    names = [name for name, weight in model.named_parameters(remove_duplicate=False) if weight is site.module.weight]
+    names = [name for name, weight in model.named_parameters(remove_duplicate=False) if weight is site.weight]
     if len(names) > 1:
         raise UnsupportedModelError(
             f"{names[0]} and {', '.join(names[1:])} are one weight, so an edit of one block would change the others; "
@@ -167,10 +185,15 @@ def _decoder_blocks(model: PreTrainedModel, count: int) -> tuple[str, nn.ModuleL
 
 
 def _down_projection(blocks: nn.ModuleList, hidden_size: int) -> str:
-    """Path of the down-projection inside a block: by its usual names, by its shape, or that of shared experts."""
-    counts: dict[str, Counter[str]] = {"named": Counter(), "shaped": Counter(), "shared": Counter()}
+    """Path of the down-projection inside a block: by its usual names, by its shape, or that of shared experts.
+
+    Where no such matrix is in as many blocks as routed experts are, those are meant.
+    """
+    counts: dict[str, Counter[str]] = {kind: Counter() for kind in ("named", "shaped", "shared", "routed")}
     for block in blocks:
         for name, module in block.named_modules():
+            if is_fused(module) and problem_with(module, hidden_size) is None:
+                counts["routed"][f"{name}.{EXPERTS_LEAF}"] += 1
             if not isinstance(module, (nn.Linear, Conv1D)) or any(part in name.lower() for part in NOT_FEED_FORWARD):
                 continue
             outputs, inputs = _shape(module)
@@ -185,17 +208,17 @@ def _down_projection(blocks: nn.ModuleList, hidden_size: int) -> str:
                 counts["shaped"][name] += 1
     named = counts["named"] or counts["shaped"]
     # A few first layers may be dense where all others are mixtures of experts: what most layers have is meant.
-    candidates = max(named, counts["shared"], key=lambda counter: max(counter.values(), default=0))
+    kinds = (named, counts["shared"], counts["routed"])
+    candidates = max(kinds, key=lambda counter: max(counter.values(), default=0))
     most = max(candidates.values(), default=0)
     paths = [path for path, number in candidates.items() if number == most]
     if len(paths) == 1:
         return paths[0]
     kind = type(blocks[0]).__name__
-    experts = sorted({type(part).__name__ for part in blocks.modules() if type(part).__name__.endswith("Experts")})
-    if not paths and experts:
+    if not paths and (problems := _problems_with_experts(blocks, hidden_size)):
         raise UnsupportedModelError(
-            f"the {kind} blocks have no dense or shared feed-forward, only a mixture of experts "
-            f"({', '.join(experts)}) that can't be edited; set target_module to a matrix that runs for every token"
+            f"the {kind} blocks have no dense or shared feed-forward, only a mixture of experts that can't be edited: "
+            f"{'; '.join(problems)}. {EXPERTS_REMEDY}"
         )
     if not paths:
         raise UnsupportedModelError(
@@ -206,6 +229,11 @@ def _down_projection(blocks: nn.ModuleList, hidden_size: int) -> str:
         f"the {kind} blocks have several down-projections, {sorted(paths)}; choose one with target_module, e.g. "
         "'model.layers.{}.mlp.down_proj'"
     )
+
+
+def _problems_with_experts(blocks: nn.ModuleList, hidden_size: int) -> list[str]:
+    experts = [part for part in blocks.modules() if is_fused(part) or type(part).__name__.endswith("Experts")]
+    return sorted({problem for part in experts if (problem := problem_with(part, hidden_size)) is not None})
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
+
+from hf_alphaedit.models.experts import ExpertsSite
+from hf_alphaedit.models.weights import EditSite
 
 
 SAMPLES = 1024  # elements of each parameter that are looked at
@@ -44,7 +46,7 @@ def model_fingerprint(model: PreTrainedModel, base_weights: Mapping[str, Tensor]
 
     Args:
         model: edited or not.
-        base_weights: module path -> (h, d), the unedited value of each weight that has been edited; these stand in
+        base_weights: site name -> (h, d), the unedited value of each weight that has been edited; these stand in
             for what the model holds now.
     """
     base_weights = base_weights or {}
@@ -56,7 +58,10 @@ def model_fingerprint(model: PreTrainedModel, base_weights: Mapping[str, Tensor]
             for name, parameter in module.named_parameters(recurse=False):
                 value = parameter.detach()
                 if name == "weight" and module_name in base_weights:
-                    value = _as_stored(base_weights[module_name], module)
+                    value = EditSite(module_name, 0, module).as_stored(base_weights[module_name])
+                elif f"{module_name}.{name}" in base_weights:
+                    path = f"{module_name}.{name}"
+                    value = ExpertsSite(path, 0, module).as_stored(base_weights[path])
                 digest.update(f"\n{module_name}.{name} {value.dtype} {tuple(value.shape)} ".encode())
                 digest.update(_sample(value))
     return digest.hexdigest()
@@ -96,10 +101,6 @@ def _config_of(model: PreTrainedModel) -> dict[str, Any]:
         }
 
     return kept(model.config.to_diff_dict())
-
-
-def _as_stored(weight: Tensor, module: nn.Module) -> Tensor:
-    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def _sample(value: Tensor) -> memoryview:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_alphaedit.errors import UnsupportedModelError
+from hf_alphaedit.models.experts import ExpertsSite, Routing, mixed_output, on_routing
 from hf_alphaedit.models.hooks import inference_state, on_input, on_output, stop_after
 
 
@@ -32,11 +33,13 @@ class Additivity:
         scale: the c for which c δ comes closest to the change of the block's output.
         error: ‖change - c δ‖ / ‖change‖.
         additive: whether that error is rounding; then the block adds c times the output to the residual stream.
+        experts_per_token: into how many blocks of its key a token goes; see `models.experts`.
     """
 
     scale: float
     error: float
     additive: bool
+    experts_per_token: int = 1
 
 
 @torch.no_grad()
@@ -49,7 +52,8 @@ def probe_additivity(architecture: Architecture, layers: Sequence[int]) -> dict[
 
     Raises:
         UnsupportedModelError: a down-projection doesn't run when its block does, the blocks' outputs are no hidden
-            states of shape (batch, positions, hidden size), or positions depend on later tokens.
+            states of shape (batch, positions, hidden size), positions depend on later tokens, or a mixture of experts
+            returns something else than the sum of its experts' down-projections by their shares.
     """
     model, rows = architecture.model, len(layers) + 2
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -61,6 +65,8 @@ def probe_additivity(architecture: Architecture, layers: Sequence[int]) -> dict[
     added: dict[int, Tensor] = {}
     changes: dict[int, Tensor] = {}
     seen_ahead: dict[int, float] = {}
+    routed: dict[int, Routing] = {}
+    unlike: dict[int, float] = {}
 
     def add(output: Tensor, row: int, layer: int) -> Tensor:
         by_row = output.reshape(rows, LENGTH, -1).clone()  # some families flatten (B, T, h) around the feed-forward
@@ -70,6 +76,9 @@ def probe_additivity(architecture: Architecture, layers: Sequence[int]) -> dict[
                 f"{architecture.hidden_size}; set target_module to a matrix that writes to the residual stream"
             )
         before = by_row[row, CHANGED].clone()  # (2, h)
+        if layer in routed:
+            mixed = mixed_output(architecture.site(layer).module, routed[layer])  # (2, h)
+            unlike[layer] = float((before - mixed).norm() / mixed.norm())
         direction = torch.randn(before.shape, generator=generator).to(output.device)
         # As large as the residual stream, so that rounding there doesn't hide it.
         size = torch.maximum(entered[layer].to(output.device), before.float().norm(dim=-1, keepdim=True))  # (2, 1)
@@ -86,9 +95,11 @@ def probe_additivity(architecture: Architecture, layers: Sequence[int]) -> dict[
     with ExitStack() as stack:
         stack.enter_context(inference_state(model))
         for row, layer in enumerate(layers, start=1):
-            module, block = architecture.site(layer).module, architecture.blocks[layer]
+            site, module, block = architecture.site(layer), architecture.site(layer).module, architecture.blocks[layer]
             keep_norm = _keep_norm(entered, rows, architecture, layer)
             stack.enter_context(on_input(block, keep_norm))
+            if isinstance(site, ExpertsSite):
+                stack.enter_context(on_routing(module, _keep_routing(routed, rows, row, layer)))
             stack.enter_context(on_output(module, lambda out, row=row, layer=layer: add(out, row, layer)))
             stack.enter_context(on_output(block, lambda out, row=row, layer=layer: compare(out, row, layer)))
         with stop_after(architecture.blocks[layers[-1]]):
@@ -102,18 +113,31 @@ def probe_additivity(architecture: Architecture, layers: Sequence[int]) -> dict[
                 f"{name} doesn't run when block {layer} of {type(model).__name__} does (it is fused, skipped or one "
                 "of several experts), so an edit of it might have no effect; set target_module to a module that runs"
             )
-        dtype = architecture.site(layer).module.weight.dtype
+        dtype = architecture.site(layer).weight.dtype
         tolerance = TOLERANCE.get(dtype, LOW_PRECISION_TOLERANCE)
         if seen_ahead[layer] >= tolerance:  # not so for NaN, which damaged weights give and editing reports
             raise UnsupportedModelError(
                 f"in block {layer} of {type(model).__name__} a token's hidden state depends on later tokens; only "
                 "causal decoders can be edited (an encoder needs is_decoder=True in its config)"
             )
+        if unlike.get(layer, 0.0) >= tolerance:
+            raise UnsupportedModelError(
+                f"what {name} makes of its keys is not what the experts return (relative difference "
+                f"{unlike[layer]:.1e}); set target_module to a shared or dense matrix"
+            )
         delta, change = added[layer], changes[layer]
         scale = float(change @ delta / (delta @ delta))
         error = float((change - scale * delta).norm() / change.norm().clamp_min(1e-30))
-        found[layer] = Additivity(scale, error, error < tolerance)
+        experts_per_token = routed[layer].experts.shape[1] if layer in routed else 1
+        found[layer] = Additivity(scale, error, error < tolerance, experts_per_token)
     return found
+
+
+def _keep_routing(routed: dict[int, Routing], rows: int, row: int, layer: int) -> Callable[[Routing], None]:
+    def at_changed(values: Tensor) -> Tensor:
+        return values.reshape(rows, LENGTH, -1)[row, CHANGED]  # (2, x)
+
+    return lambda routing: routed.__setitem__(layer, routing.map(at_changed))
 
 
 def _keep_norm(

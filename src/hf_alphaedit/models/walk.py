@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import TokenRow
-from hf_alphaedit.models.hooks import captured_inputs, on_input, on_output, stop_after
+from hf_alphaedit.models.hooks import on_input, on_output, stop_after
+from hf_alphaedit.models.keys import captured_keys, side_by_side
 from hf_alphaedit.models.rows import (
     at_positions,
     by_row,
@@ -46,10 +47,10 @@ class KeyWalk:
         values: list[Tensor] = []
         inputs: list[Tensor] = []
         form: list[tuple[type, int]] = [aligned.block_form]
-        stop = architecture.value_module(self.last_layer)
+        site, stop = architecture.site(layer), architecture.value_module(self.last_layer)
         with (
             skipped_blocks(architecture, aligned, self.first_block),
-            captured_inputs({layer: architecture.site(layer).module}, at_subject) as keys,
+            captured_keys([site], at_subject) as keys,
             on_input(architecture.blocks[layer], lambda hidden: inputs.append(hidden.detach().clone())),
             on_output(stop, lambda hidden: values.append(at_subject(hidden))),
             _form_of(architecture.blocks[max(layer - 1, 0)], form),
@@ -57,7 +58,7 @@ class KeyWalk:
         ):
             architecture.model(input_ids=aligned.token_ids, attention_mask=aligned.attention_mask, use_cache=False)
         self.aligned, self.first_block = replace(aligned, entry=inputs[0], block_form=form[-1]), layer
-        return keys[layer], values[0]
+        return side_by_side(site, keys[site.name], len(rows)), values[0]
 
 
 @contextmanager

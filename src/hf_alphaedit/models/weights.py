@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from accelerate.utils import (
@@ -28,6 +29,9 @@ def input_device(model: PreTrainedModel) -> torch.device:
 class EditSite:
     """One weight that edits are written to.
 
+    Its key may be made of several blocks of one length, each with statistics of its own: one block here, one for each
+    expert in `models.experts.ExpertsSite`.
+
     Attributes:
         name: module path in the unedited model, e.g. `model.layers.5.mlp.down_proj`; the key of all saved state.
         layer: index of the decoder block.
@@ -37,6 +41,33 @@ class EditSite:
     name: str
     layer: int
     module: nn.Module
+    parameter_name: ClassVar[str] = "weight"
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter as it is stored; without values (meta) where it is offloaded."""
+        return getattr(self.module, self.parameter_name)
+
+    @property
+    def parameter(self) -> str:
+        """Path of the parameter."""
+        return f"{self.name}.{self.parameter_name}"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(h, d) of the matrix that `read` gives."""
+        height, width = self.as_matrix(self.weight.detach().to("meta")).shape
+        return height, width
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the blocks of a key, under which second moments are kept; a single one is the site's."""
+        return (self.name,)
+
+    @property
+    def dimension(self) -> int:
+        """Length of one block of a key."""
+        return self.shape[1] // len(self.blocks)
 
     @property
     def stored_transposed(self) -> bool:
@@ -48,13 +79,20 @@ class EditSite:
         """Where the weight is when its module runs."""
         if has_offloaded_params(self.module):
             return torch.device(self.module._hf_hook.execution_device)
-        return self.module.weight.device
+        return self.weight.device
+
+    def as_matrix(self, stored: Tensor) -> Tensor:
+        """The parameter's tensor as (h, d)."""
+        return stored.T if self.stored_transposed else stored
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        """The inverse of `as_matrix`."""
+        return matrix.T if self.stored_transposed else matrix
 
     def read(self) -> Tensor:
         """A copy of the weight as (h, d), on its execution device, in its own dtype."""
         with torch.no_grad(), align_module_device(self.module):
-            weight = self.module.weight.detach()
-            return (weight.T if self.stored_transposed else weight).clone(memory_format=torch.contiguous_format)
+            return self.as_matrix(self.weight.detach()).clone(memory_format=torch.contiguous_format)
 
     @torch.no_grad()
     def write(self, value: Tensor) -> None:
@@ -64,13 +102,13 @@ class EditSite:
         loads from is what counts: a value set on the module itself is lost at the next forward pass. A file in the
         user's cache is never written; accelerate's loader prefers its `state_dict` to the file.
         """
-        value = value.T if self.stored_transposed else value
+        value = self.as_stored(value)
         if not has_offloaded_params(self.module):
-            self.module.weight.copy_(value)
+            self.weight.copy_(value)
             return
-        store, key = self.module._hf_hook.weights_map, "weight"
+        store, key = self.module._hf_hook.weights_map, self.parameter_name
         if isinstance(store, PrefixedDataset):
             store, key = store.dataset, store.prefix + key
         if isinstance(store, OffloadedWeightsLoader):
             store = store.state_dict
-        store[key] = value.to("cpu", self.module.weight.dtype).contiguous()
+        store[key] = value.to("cpu", self.weight.dtype).contiguous()
