@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from families import FAMILIES, UNBUILDABLE, family_model, runs  # noqa: E402
-from family_edit import FamilyResult, edit_family  # noqa: E402
+from family_edit import FamilyResult, edit_family, routed_experts  # noqa: E402
 
 from hf_alphaedit.errors import UnsupportedModelError  # noqa: E402
 from hf_alphaedit.models.architecture import resolve_architecture  # noqa: E402
@@ -55,6 +55,18 @@ For one model, with its own weights, `hf-alphaedit check MODEL` says the same, a
 | family | down-projection | block | error |
 | --- | --- | --- | --- |
 {rows}
+
+## Routed experts
+
+Mixtures of experts with one parameter for all experts, of shape (experts, out, in), that take part in transformers'
+experts interface are edited at the experts that the subject's token is sent to; the probe checks that what they return
+is the sum of their down-projections by the router's shares. [The method](method.md) tells how. Where no dense or
+shared feed-forward is in as many layers, they are what the table above edits. In these {routed} families a dense or
+shared one comes first, and `target_module` set to the path below edits the routed experts instead:
+
+| family | routed experts | block | error |
+| --- | --- | --- | --- |
+{routed_rows}
 
 ## Refused
 
@@ -91,6 +103,7 @@ def main() -> None:
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     rows: list[str] = []
+    routed_rows: list[str] = []
     refused: dict[str, list[str]] = defaultdict(list)
     failed: list[str] = []
     skipped = set(UNBUILDABLE)
@@ -108,16 +121,19 @@ def main() -> None:
             refused[str(error)].append(family)
             print(f"{family}: refused: {error}", flush=True)
             continue
-        try:
-            result = edit_family(model)
-        except Exception as error:  # noqa: BLE001 - all are shown at the end
-            failed.append(f"{family}: {type(error).__name__}: {error}")
-            continue
-        if not result.error < TOLERANCE:
-            failed.append(f"{family}: relative error {result.error:.1e}")
-            continue
-        rows.append(row(family, result))
-        print(f"{rows[-1]} {time.perf_counter() - began:.1f} s", flush=True)
+        for target, table in ((None, rows), (routed_experts(resolve_architecture(model)), routed_rows)):
+            if target is None and table is routed_rows:
+                continue
+            try:
+                result = edit_family(family_model(family), target_module=target)
+            except Exception as error:  # noqa: BLE001 - all are shown at the end
+                failed.append(f"{family}: {type(error).__name__}: {error}")
+                continue
+            if not result.error < TOLERANCE:
+                failed.append(f"{family}: relative error {result.error:.1e}")
+                continue
+            table.append(row(family, result))
+            print(f"{table[-1]} {time.perf_counter() - began:.1f} s", flush=True)
     if failed:
         raise SystemExit("\n".join(failed))
     reasons = "\n".join(f"- {', '.join(families)}: {reason}" for reason, families in sorted(refused.items()))
@@ -131,6 +147,8 @@ def main() -> None:
             how="\n".join(f"- *{kind}*: {text}" for kind, text in HOW.items()),
             rows="\n".join(rows),
             reasons=reasons,
+            routed=len(routed_rows),
+            routed_rows="\n".join(routed_rows),
         ),
         encoding="utf-8",
     )

@@ -13,6 +13,7 @@ from hf_alphaedit.editing import EditedBatch, Stopwatch, edit_batch
 from hf_alphaedit.history import History
 from hf_alphaedit.models.architecture import Architecture, resolve_architecture
 from hf_alphaedit.models.encoding import encode_prompt
+from hf_alphaedit.models.experts import is_fused, problem_with
 from hf_alphaedit.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from hf_alphaedit.models.hooks import hidden_of, inference_state
 from hf_alphaedit.requests import EditRequest
@@ -71,6 +72,15 @@ def edit_family(
         float((change.norm(dim=-1) / before.norm(dim=-1)).min()),
         float((logits_after - logits_before).abs().max()),
     )
+
+
+def routed_experts(architecture: Architecture) -> str | None:
+    """The target module of routed experts that could be edited instead of what is; None where there are none."""
+    path, names = architecture.target_module.split("{}")[0], []
+    for name, module in architecture.model.named_modules():
+        if name.startswith(path) and is_fused(module) and problem_with(module, architecture.hidden_size) is None:
+            names.append(f"{path}{{}}.{name.removeprefix(path).split('.', 1)[1]}.down_proj")
+    return next((name for name in names if name != architecture.target_module), None)
 
 
 def edit(architecture: Architecture, layers: tuple[int, ...]) -> EditedBatch:

@@ -24,7 +24,7 @@ from routed import (
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from hf_alphaedit import AlphaEditor
+from hf_alphaedit import AlphaEditor, Record
 from hf_alphaedit.errors import StatisticsError, UnsupportedModelError
 from hf_alphaedit.packing import pack
 from hf_alphaedit.statistics import collect_second_moments, load_second_moments, save_legacy_moments
@@ -166,7 +166,7 @@ def test_check_and_preflight_speak_of_experts() -> None:
     editor = prepared("mixtral")
     text = str(editor.check())
     assert EXPERTS.format(2) in text
-    assert "32 x 256" in text
+    assert "32 x 256, 4 experts, float32" in text
     report = editor.preflight(REQUESTS)
     assert report.free_directions[EXPERTS.format(2)] == editor.filters()[EXPERTS.format(2)].null_rank > 100
 
@@ -210,3 +210,17 @@ def test_offloaded_experts_take_the_same_edit(tmp_path: Path) -> None:
         assert relative(site.read(), resident.read().double()) < 1e-6
     with torch.no_grad():
         assert torch.allclose(model(input_ids=PROMPT).logits, expected.model(input_ids=PROMPT).logits, atol=1e-4)
+
+
+def test_a_search_for_settings_puts_routed_experts_back(tmp_path: Path) -> None:
+    facts = [
+        Record(request, paraphrases=(f"Tell me of {request.subject}",), neighborhood=(("We saw Peru", "field"),))
+        for request in REQUESTS
+    ]
+    editor = experts_editor("mixtral", value_steps=4, tokens_per_dimension=16)
+    before = state_of(editor.model)
+    report = editor.tune(
+        tmp_path, facts, texts=CORPUS[:60], corpus=CORPUS, windows=[(2, 3)], ladders={"clamp_factor": (1.0, 4.0)}
+    )
+    assert all(trial.error is None for trial in report.trials)
+    assert same(state_of(editor.model), before)

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from families import FAMILIES, UNBUILDABLE, family_model, runs
-from family_edit import edit_family
+from family_edit import edit_family, routed_experts
 from transformers import PreTrainedModel
 
 from hf_alphaedit.errors import UnsupportedModelError
@@ -62,6 +62,17 @@ def test_every_family_is_edited_correctly_or_refused_by_name(family: str) -> Non
     sites = {result.architecture.site(layer).parameter for layer in result.layers}
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == sites
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(UNBUILDABLE)))
+def test_routed_experts_beside_dense_or_shared_ones_are_edited_correctly(family: str) -> None:
+    model = build(family)
+    if not runs(model) or refusal(model) or (target := routed_experts(resolve_architecture(model))) is None:
+        pytest.skip("no routed experts beside another feed-forward")
+    result = edit_family(model, target_module=target)
+    assert result.error < TOLERANCE
+    assert result.change > 0.01
 
 
 def test_a_norm_behind_the_down_projection_is_found() -> None:

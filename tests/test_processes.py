@@ -1,6 +1,7 @@
 """`accelerate launch` with two real processes: the moments and the weights of one, and an end with an error."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,19 +34,29 @@ def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_edit_as_one(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "edited", "sums"),
+    [
+        ("llama", r"model\.layers\.[12]\.mlp\.down_proj\.weight", 2),
+        ("mixtral", r"model\.layers\.[12]\..+\.w2\.weight", 8),
+    ],
+)
+def test_two_processes_edit_as_one(name: str, edited: str, sums: int, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    tiny_model(name).save_pretrained(checkpoint)
     done = launch(checkpoint, tmp_path / "moments of two", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-2000:]
     main(checkpoint, tmp_path / "moments of one", tmp_path / "one", -1)
     directories = (tmp_path / "one", tmp_path / "two", checkpoint)
     one, two, base = (load_file(directory / "model.safetensors") for directory in directories)
     changed = {name for name, value in one.items() if not torch.equal(value, base[name])}
-    assert changed == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)}
+    assert {name.split(".")[2] for name in changed} == {"1", "2"}
+    assert all(re.fullmatch(edited, name) for name in changed)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
     moments = [sorted((tmp_path / f"moments of {count}").glob("*.safetensors")) for count in ("one", "two")]
     assert [file.name for file in moments[0]] == [file.name for file in moments[1]]
-    assert len(moments[0]) == 2
+    assert len(moments[0]) == sums
     for mine, other in zip(*moments, strict=True):
         other_values = load_file(other)
         for name, value in load_file(mine).items():

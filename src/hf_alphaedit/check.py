@@ -39,6 +39,7 @@ class SiteCheck:
         dtype: of the stored weight.
         place: device it runs on, and 'offloaded' if it isn't kept there.
         scale, error: what the probe saw, see `models.probe.Additivity`.
+        experts: that lie side by side in the weight; 1 for a plain matrix.
     """
 
     site: str
@@ -48,6 +49,7 @@ class SiteCheck:
     place: str
     scale: float
     error: float
+    experts: int = 1
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ class CheckReport:
     def __str__(self) -> str:
         lines = [f"{self.model}, {self.blocks} blocks; settings: {self.settings}", self.rule, "will be edited:"]
         lines += [
-            f"  {one.site} ({one.outputs} x {one.inputs}, {one.dtype}, {one.place}); probe: factor {one.scale:.4g}, "
-            f"error {one.error:.1e}"
+            f"  {one.site} ({one.outputs} x {one.inputs}{f', {one.experts} experts' if one.experts > 1 else ''}, "
+            f"{one.dtype}, {one.place}); probe: factor {one.scale:.4g}, error {one.error:.1e}"
             for one in self.sites
         ]
         if self.statistics_tokens:
@@ -116,7 +118,7 @@ def check_model(editor: AlphaEditor) -> CheckReport:
         SiteCheck(
             site.name, *shape, str(site.weight.dtype).removeprefix("torch."),
             f"{site.device}{', offloaded' if has_offloaded_params(site.module) else ''}",
-            architecture.probed[site.layer].scale, architecture.probed[site.layer].error,
+            architecture.probed[site.layer].scale, architecture.probed[site.layer].error, len(site.blocks),
         )
         for site, shape in zip(sites, shapes, strict=True)
     )  # fmt: skip

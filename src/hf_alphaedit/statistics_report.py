@@ -17,6 +17,7 @@ from hf_alphaedit.statistics_files import read_moments
 
 
 ENERGY_SHARES = (0.5, 0.9, 0.99)
+ROWS_SHOWN = 32  # of the table in the text; a mixture of experts has hundreds
 EIGENVALUE_QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -98,8 +99,8 @@ class StatisticsReport:
         origin = "from the cache" if self.from_cache else f"computed in {self.seconds:.1f} s"
         table = Table()
         for name in ("site", "free directions", "hold 50/90/99 %", "free energy", "held out", "halves agree (chance)"):
-            table.add_column(name, justify="left" if name == "site" else "right")
-        for entry in self.sites:
+            table.add_column(name, justify="left" if name == "site" else "right", overflow="fold")
+        for entry in self.sites[:ROWS_SHOWN]:
             table.add_row(
                 entry.site,
                 f"{entry.null_rank} of {entry.dimension}",
@@ -109,7 +110,8 @@ class StatisticsReport:
                 "" if entry.overlap is None else f"{entry.overlap:.2f} ({entry.chance_overlap:.2f})",
             )
         head = f"second moments over {self.tokens:,} tokens of {self.corpus}, {origin}"
-        return "\n".join([head, as_text(table), *(f"warning: {text}" for text in self.warnings)])
+        more = [f"... and {len(self.sites) - ROWS_SHOWN} more"] if len(self.sites) > ROWS_SHOWN else []
+        return "\n".join([head, as_text(table), *more, *(f"warning: {text}" for text in self.warnings)])
 
 
 def report_statistics(

@@ -141,13 +141,14 @@ def expert_keys(module: Any, routing: Routing) -> Iterator[tuple[int, Tensor, Te
 
 @torch.no_grad()
 def mixed_output(module: Any, routing: Routing) -> Tensor:
-    """Σ s_e (W_e k_e + b_e) in float64: (n, h), what the module should return if it is what is said above."""
-    total = torch.zeros(routing.hidden.shape, dtype=torch.float64, device=routing.hidden.device)  # (n, h)
+    """Σ s_e (W_e k_e + b_e), at least in float32: (n, h), what the module returns if it is what is said above."""
+    wide = torch.promote_types(routing.hidden.dtype, torch.float32)
+    total = torch.zeros_like(routing.hidden, dtype=wide)  # (n, h)
     with align_module_device(module):
         for expert, rows, keys in expert_keys(module, routing):
-            weight = module.down_proj[expert].double()
-            total.index_add_(0, rows, keys.double() @ (weight if module.is_transposed else weight.T))
+            weight = module.down_proj[expert].to(wide)
+            total.index_add_(0, rows, keys.to(wide) @ (weight if module.is_transposed else weight.T))
         if module.has_bias:
             biases = module.down_proj_bias[routing.experts]  # (n, k, h)
-            total += torch.einsum("nk,nkh->nh", routing.shares.double(), biases.double())
+            total += torch.einsum("nk,nkh->nh", routing.shares.to(wide), biases.to(wide))
     return total

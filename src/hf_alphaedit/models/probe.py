@@ -78,7 +78,7 @@ def probe_additivity(architecture: Architecture, layers: Sequence[int]) -> dict[
         before = by_row[row, CHANGED].clone()  # (2, h)
         if layer in routed:
             mixed = mixed_output(architecture.site(layer).module, routed[layer])  # (2, h)
-            unlike[layer] = float((before - mixed).norm() / mixed.norm())
+            unlike[layer] = float((before.to(mixed.dtype) - mixed).norm() / mixed.norm())
         direction = torch.randn(before.shape, generator=generator).to(output.device)
         # As large as the residual stream, so that rounding there doesn't hide it.
         size = torch.maximum(entered[layer].to(output.device), before.float().norm(dim=-1, keepdim=True))  # (2, 1)
