@@ -83,7 +83,7 @@ class Routing:
 
 def is_fused(module: nn.Module) -> bool:
     """Whether `module` holds the down-projections of several experts as one parameter."""
-    weight = vars(module)["_parameters"].get("down_proj")
+    weight = module._parameters.get(ExpertsSite.parameter_name)
     return isinstance(weight, nn.Parameter) and weight.dim() == 3
 
 
