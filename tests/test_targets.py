@@ -1,6 +1,9 @@
 """The target search on tiny models: side by side as one by one, whatever the chunks, the memory and the way."""
 
 import logging
+import math
+from collections.abc import Sequence
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -9,18 +12,18 @@ from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_alphaedit.chunks import CHUNK_COST, chunked, suffix_length
 from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.errors import EditingError
 from hf_alphaedit.models.architecture import Architecture, resolve_architecture
 from hf_alphaedit.models.encoding import EncodedRequest, encode_request
+from hf_alphaedit.models.forward import align_rows
 from hf_alphaedit.requests import EditRequest
 from hf_alphaedit.targets import (
     Targets,
     attention_can_be_stored,
-    chunked,
     compute_targets,
     product_dtype,
-    suffix_length,
 )
 
 
@@ -124,17 +127,46 @@ def test_chunks_decide_nothing(largest_chunk: int) -> None:
     assert_same(targets(architecture, requests, largest_chunk=largest_chunk), targets(architecture, requests))
 
 
-def test_chunks_hold_every_request_once_within_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_alphaedit.targets.WORTHWHILE_CHUNK", 0)  # no chunk is too small to be cut for its padding
-    requests = encoded(REQUESTS * 4)
+@pytest.mark.parametrize("size", [1, 30, 100, 10**6])
+@pytest.mark.parametrize("chunk_cost", [0, CHUNK_COST, 10**6])
+def test_chunks_are_the_cheapest_within_their_size(
+    size: int, chunk_cost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_alphaedit.chunks.CHUNK_COST", chunk_cost)
+    requests = encoded([*REQUESTS, *EASY])
     order = sorted(range(len(requests)), key=lambda index: suffix_length(requests[index]))
-    for size in (1, 30, 100, 10**6):
-        chunks = chunked(order, requests, size)
-        assert [index for chunk in chunks for index in chunk] == order
-        for chunk in chunks:
-            lengths = [suffix_length(requests[index]) for index in chunk]
-            assert len(chunk) == 1 or len(chunk) * 4 * max(lengths) <= size
-            assert max(lengths) <= 1.25 * min(lengths)
+
+    def cost(chunk: Sequence[int]) -> float:
+        tokens = len(chunk) * 4 * max(suffix_length(requests[index]) for index in chunk)
+        return math.inf if tokens > size and len(chunk) > 1 else tokens + chunk_cost
+
+    chunks = chunked(order, requests, size)
+    assert [index for chunk in chunks for index in chunk] == order
+    every_way = (
+        [order[begin:end] for begin, end in pairwise([0, *cuts, len(order)])]
+        for count in range(len(order))
+        for cuts in combinations(range(1, len(order)), count)
+    )
+    assert sum(map(cost, chunks)) == min(sum(map(cost, way)) for way in every_way)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "bloom"])
+def test_beginnings_that_contexts_share_run_once(family: str) -> None:
+    architecture, requests = architecture_of(family), encoded()
+    rows = [row for request in requests for row in (*request.rows, request.essence)]
+    groups = list(range(4)) * len(requests)
+    lengths: list[int] = []
+    embedding = architecture.model.get_input_embeddings()
+    handle = embedding.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    shared, values, logits = align_rows(architecture, rows, LAYER, groups=groups)
+    alone, expected_values, expected_logits = align_rows(architecture, rows, LAYER)
+    handle.remove()
+    assert lengths[1] < lengths[2]
+    mine = [values, logits, shared.entry, *shared.attention_keys, *shared.attention_values]
+    theirs = [expected_values, expected_logits, alone.entry, *alone.attention_keys, *alone.attention_values]
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert torch.equal(shared.attention_mask, alone.attention_mask)
+    assert torch.equal(shared.position_ids, alone.position_ids)
 
 
 class SmallMemory:

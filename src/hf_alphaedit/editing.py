@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_alphaedit.algorithm.nullspace import BlockFilter, KeyFilter
 from hf_alphaedit.algorithm.update import LowRankUpdate, solve_update, spread_residual
 from hf_alphaedit.batches import Batch
+from hf_alphaedit.chunks import LARGEST_CHUNK
 from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.errors import EditingError
 from hf_alphaedit.history import History
@@ -22,7 +23,7 @@ from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import EncodedRequest, TokenRow, encode_request
 from hf_alphaedit.models.walk import KeyWalk
 from hf_alphaedit.requests import EditRequest
-from hf_alphaedit.targets import LARGEST_CHUNK, Targets, compute_targets
+from hf_alphaedit.targets import Targets, compute_targets
 
 
 @dataclass

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from hf_alphaedit.chunks import LARGEST_CHUNK
 from hf_alphaedit.models.encoding import EncodedRequest
-from hf_alphaedit.targets import LARGEST_CHUNK
 
 
 if TYPE_CHECKING:

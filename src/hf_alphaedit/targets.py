@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_alphaedit.algorithm.objective import TargetLoss, target_loss
 from hf_alphaedit.algorithm.optimize import DeltaSearch, search_delta
+from hf_alphaedit.chunks import LARGEST_CHUNK, chunked, suffix_length
 from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.errors import EditingError, UnsupportedModelError
 from hf_alphaedit.models.architecture import Architecture
@@ -26,11 +27,6 @@ from hf_alphaedit.sharing import search_shared
 
 logger = logging.getLogger(__name__)
 
-# Tokens that run side by side. On a CPU, products are at full speed from a few hundred on, and larger tensors only
-# cost page faults; the activations of an 8B model for this many still fit beside its weights.
-LARGEST_CHUNK = 1024
-WORTHWHILE_CHUNK = 256  # below this, padding costs less than another chunk
-PADDING_ALLOWED = 1.25
 RESUME_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 
@@ -97,7 +93,7 @@ def compute_targets(
     chunks = chunked(order, requests, largest_chunk)
     dtype = product_dtype(architecture, config)
     modules = [module for block in architecture.blocks for module in block.modules()]
-    products = products_in([*modules, architecture.head], dtype)
+    products = products_in([*modules, architecture.head], dtype, architecture.feed_forwards())
     cached = attention_can_be_stored(architecture, requests, layer)
     with tqdm(total=count * config.value_steps, desc="targets", unit="step", name="hf_alphaedit", leave=False) as bar:
         while chunks:
@@ -146,7 +142,7 @@ class _Rows:
         counts = [len(request.rows) + 1 for request in requests]
         row_request = torch.arange(len(requests)).repeat_interleave(torch.tensor(counts))
         bare = torch.tensor([0, *counts[:-1]]).cumsum(0)  # (n,)
-        aligned, values, _ = align_rows(architecture, rows, layer, cached=cached)
+        aligned, values, _ = align_rows(architecture, rows, layer, cached=cached, groups=_groups(requests))
         return cls(requests, rows, row_request, aligned, values[bare.to(values.device)].float())
 
 
@@ -154,30 +150,43 @@ def _rows_of(requests: Sequence[EncodedRequest]) -> list[TokenRow]:
     return [row for request in requests for row in (*request.rows, request.essence)]
 
 
+def _groups(requests: Sequence[EncodedRequest]) -> list[int]:
+    """The context of each row: rows of one context begin with the same tokens."""
+    return [index for request in requests for index in range(len(request.rows) + 1)]
+
+
 def attention_can_be_stored(architecture: Architecture, requests: Sequence[EncodedRequest], layer: int) -> bool:
     """Whether passes may start from stored attention states; False means that whole rows have to run.
 
-    Found out by comparing the logits with those of a whole pass in the model's own dtype, on the two rows whose
-    subjects end last and first: they are shifted against each other the most, which some families' positions can't
-    stand.
+    Found out by comparing the logits with those of a whole pass in the model's own dtype, on two rows of one context,
+    or of one request, whose subjects end last and first: they are shifted against each other the most, which some
+    families' positions can't stand.
 
     Raises:
         EditingError: the model's logits are not finite.
         UnsupportedModelError: neither way of resuming gives the logits of the whole pass.
     """
-    ordered = sorted(_rows_of(requests), key=lambda row: row.subject)
-    rows = [ordered[-1], ordered[0]]
+    rows, groups = _most_different(requests)
     whole, _, reference = align_rows(architecture, rows, layer, cached=False)
     if not torch.isfinite(reference).all():
         raise EditingError("the model's logits are not finite; its weights are damaged, or need dtype='float32'")
     for cached in (True, False):
-        aligned = align_rows(architecture, rows, layer)[0] if cached else whole
+        aligned = align_rows(architecture, rows, layer, groups=groups)[0] if cached else whole
         if _resumes(architecture, aligned, rows, layer, reference):
             return cached
     raise UnsupportedModelError(
         f"{type(architecture.model).__name__} gives other logits when its blocks from "
         f"{architecture.resume_block(layer)} on run from stored hidden states; its blocks depend on more than that"
     )
+
+
+def _most_different(requests: Sequence[EncodedRequest]) -> tuple[list[TokenRow], list[int]]:
+    """Two rows and their groups: those whose subjects end last and first, of one context if there are two requests."""
+    if len(requests) == 1:
+        ordered = sorted(_rows_of(requests), key=lambda row: row.subject)
+        return [ordered[-1], ordered[0]], [0, 1]
+    ordered = sorted((request.rows[-1] for request in requests), key=lambda row: row.subject)
+    return [ordered[-1], ordered[0]], [0, 0]
 
 
 def _search(
@@ -224,11 +233,14 @@ class _Loss:
             token_weight += [1 / (len(request.rows) * count)] * count
             is_essence += [essence] * count
         essence = torch.tensor(is_essence, device=device)
-        self.positions = prediction_positions(self.rows, self.aligned.subject)
-        self.token_positions, self.essence_positions = (~essence).nonzero()[:, 0], essence.nonzero()[:, 0]
-        self.labels = torch.tensor(labels, device=device)[self.token_positions]
-        self.token_request = torch.tensor(token_request, device=device)[self.token_positions]
-        self.token_weight = torch.tensor(token_weight, device=device)[self.token_positions]
+        # Positions of target tokens first, then one per request: splitting logits costs less than picking from them.
+        tokens = (~essence).nonzero()[:, 0]
+        order = torch.cat([tokens, essence.nonzero()[:, 0]])
+        row_index, columns = prediction_positions(self.rows, self.aligned.subject)
+        self.positions = row_index[order], columns[order]
+        self.labels = torch.tensor(labels, device=device)[tokens]
+        self.token_request = torch.tensor(token_request, device=device)[tokens]
+        self.token_weight = torch.tensor(token_weight, device=device)[tokens]
         self.local_request = torch.tensor([local[original] for original in self.row_request.tolist()], device=device)
 
     def __call__(self, delta: Tensor, active: Tensor) -> TargetLoss:
@@ -239,11 +251,11 @@ class _Loss:
             self._index(active.cpu())
         logits = resume_rows(self.architecture, self.aligned, self.layer, delta[self.local_request], self.positions)
         logits = logits.to(delta.device)  # (p, vocabulary)
-        subject_logits = logits[self.essence_positions]  # (m, vocabulary)
+        token_logits, subject_logits = logits.split([len(self.labels), len(active)])
         if self.reference is None:
             self.reference = subject_logits.detach().float().log_softmax(-1)
         return target_loss(
-            logits[self.token_positions], self.labels, self.token_request, self.token_weight, subject_logits,
+            token_logits, self.labels, self.token_request, self.token_weight, subject_logits,
             self.reference[active], delta, self.norm[active], self.config.kl_factor, self.config.weight_decay,
         )  # fmt: skip
 
@@ -261,25 +273,6 @@ def _resumes(architecture: Architecture, aligned: AlignedRows, rows: Sequence, l
         return False
     error = (logits.float() - reference.float()).norm() / reference.float().norm()
     return bool(error < RESUME_TOLERANCE.get(reference.dtype, 5e-2))
-
-
-def suffix_length(request: EncodedRequest) -> int:
-    """Tokens from the subject's last one on, the longest row's."""
-    return max(len(row.token_ids) - row.subject for row in request.rows)
-
-
-def chunked(order: Sequence[int], requests: Sequence[EncodedRequest], largest_chunk: int) -> list[list[int]]:
-    """`order` (ascending suffix length) cut where a chunk is full, or large enough and would be padded too much."""
-    chunks: list[list[int]] = []
-    for index in order:
-        length, rows = suffix_length(requests[index]), len(requests[index].rows) + 1
-        if chunks:
-            shortest, tokens = suffix_length(requests[chunks[-1][0]]), (len(chunks[-1]) + 1) * rows * length
-            padded = length > PADDING_ALLOWED * shortest and len(chunks[-1]) * rows * shortest >= WORTHWHILE_CHUNK
-        if not chunks or tokens > largest_chunk or padded:
-            chunks.append([])
-        chunks[-1].append(index)
-    return chunks
 
 
 def product_dtype(architecture: Architecture, config: AlphaEditConfig) -> torch.dtype | None:

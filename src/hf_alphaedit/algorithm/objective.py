@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,7 @@ def target_loss(
         weight_decay: weight of the decay term.
     """
     count = delta.shape[0]
-    # Cross entropy by logsumexp and one gather: the (t, vocabulary) log-probabilities are never stored.
-    token_logits = token_logits.float()
-    surprise = token_logits.logsumexp(-1) - token_logits.gather(1, labels[:, None]).squeeze(1)  # (t,)
+    surprise = functional.cross_entropy(token_logits.float(), labels, reduction="none")  # (t,)
     likelihood = torch.zeros(count, device=delta.device).index_add(0, token_request, surprise * token_weight)  # (m,)
 
     subject_log_probabilities = subject_logits.float().log_softmax(-1)  # (m, vocabulary)

@@ -79,6 +79,11 @@ class Architecture:
         names |= {f"{name}.{EXPERTS_LEAF}" for name, module in modules.items() if is_fused(module)}
         return [layer for layer in range(len(self.blocks)) if self.target_module.format(layer) in names]
 
+    def feed_forwards(self) -> list[nn.Module]:
+        """The modules that hold a down-projection."""
+        parents = [self.target_module.format(layer).rpartition(".")[0] for layer in self.editable_layers()]
+        return [self.model.get_submodule(parent) for parent in parents]
+
     def site(self, layer: int) -> EditSite:
         """The weight edited in `layer`.
 

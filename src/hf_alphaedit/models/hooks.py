@@ -131,12 +131,13 @@ def captured_inputs(
 
 
 def products_in(
-    modules: Iterable[nn.Module], dtype: torch.dtype | None
-) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+    modules: Iterable[nn.Module], dtype: torch.dtype | None, feed_forwards: Iterable[nn.Module] = ()
+) -> dict[nn.Module, Callable[..., Any]]:
     """Forwards, for `replaced_forward`, that run these modules' matrix products in `dtype`.
 
-    Inputs and outputs keep their own dtype, and so does everything between the products: norms, attention weights, the
-    residual stream. The forwards hold a copy of the weights in `dtype`. Only plain `nn.Linear` and `Conv1D` modules
+    Inputs and outputs keep their own dtype, and so does what lies between the products: norms, attention weights, the
+    residual stream. Inside of `feed_forwards` that are made of products and activations only, the activations are in
+    `dtype` as well. The forwards hold a copy of the weights in `dtype`. Only plain `nn.Linear` and `Conv1D` modules
     with resident weights take part; None gives no forwards.
     """
     if dtype is None:
@@ -148,10 +149,20 @@ def products_in(
         bias = None if module.bias is None else module.bias.detach().to(dtype)
         return lambda x: nn.functional.linear(x.to(dtype), weight, bias).to(x.dtype)
 
-    return {
+    def inside(module: nn.Module) -> Callable[..., Any]:
+        forward = module.forward
+        return lambda x, *others, **keywords: forward(x.to(dtype), *others, **keywords).to(x.dtype)
+
+    forwards: dict[nn.Module, Callable[..., Any]] = {
         module: product(module)
         for module in modules
         if type(module) in (nn.Linear, Conv1D) and not has_offloaded_params(module)
+    }
+    products = {parameter for module in forwards for parameter in module.parameters()}
+    return forwards | {
+        module: inside(module)
+        for module in feed_forwards
+        if module not in forwards and products.issuperset(module.parameters())
     }
 
 

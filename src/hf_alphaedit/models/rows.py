@@ -62,26 +62,39 @@ class AlignedRows:
 
 def whole_rows(architecture: Architecture, rows: Sequence[TokenRow]) -> AlignedRows:
     """Rows padded on the right, with nothing stored yet."""
-    device, length = architecture.input_device, max(len(row.token_ids) for row in rows)
-    token_ids = torch.zeros(len(rows), length, dtype=torch.long)  # (B, S)
-    attention_mask = torch.zeros_like(token_ids)
-    for index, row in enumerate(rows):
-        token_ids[index, : len(row.token_ids)] = torch.tensor(row.token_ids)
-        attention_mask[index, : len(row.token_ids)] = 1
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp_min(0).to(device)
-    subject = torch.tensor([row.subject for row in rows], device=device)
+    return _laid_out(architecture, rows, [0] * len(rows))
+
+
+def split_rows(architecture: Architecture, rows: Sequence[TokenRow]) -> AlignedRows:
+    """Rows split before the subject's last token, with nothing stored yet."""
+    return _laid_out(architecture, rows, [row.subject for row in rows])
+
+
+def _laid_out(architecture: Architecture, rows: Sequence[TokenRow], splits: Sequence[int]) -> AlignedRows:
+    """Rows of which the first `splits` tokens are in the P columns, and the others in the S."""
+    device, before = architecture.input_device, max(splits)
+    after = max(len(row.token_ids) - split for row, split in zip(rows, splits, strict=True))
+    token_ids = torch.zeros(len(rows), after, dtype=torch.long)  # (B, S)
+    attention_mask = torch.zeros(len(rows), before + after, dtype=torch.long)  # (B, P + S)
+    for index, (row, split) in enumerate(zip(rows, splits, strict=True)):
+        suffix = row.token_ids[split:]
+        token_ids[index, : len(suffix)] = torch.tensor(suffix)
+        attention_mask[index, before - split : before + len(suffix)] = 1
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp_min(0)[:, before:]  # (B, S)
+    subject = torch.tensor([row.subject - split for row, split in zip(rows, splits, strict=True)])
     return AlignedRows(
-        token_ids.to(device), attention_mask.to(device), position_ids, None, subject, (), (), (Tensor, 1)
-    )
+        token_ids.to(device), attention_mask.to(device), position_ids.to(device), None, subject.to(device), (), (),
+        (Tensor, 1),
+    )  # fmt: skip
 
 
-def prediction_positions(rows: Sequence[TokenRow], subject: Tensor, before: int = 0) -> tuple[Tensor, Tensor]:
+def prediction_positions(rows: Sequence[TokenRow], subject: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column of every position from a row's first prediction to its end, row by row: two (p,) tensors."""
     row_index, columns = [], []
     for index, (row, subject_column) in enumerate(zip(rows, subject.tolist(), strict=True)):
         for position in range(row.first_prediction, len(row.token_ids)):
             row_index.append(index)
-            columns.append(before + subject_column + position - row.subject)
+            columns.append(subject_column + position - row.subject)
     return torch.tensor(row_index, device=subject.device), torch.tensor(columns, device=subject.device)
 
 

@@ -1,0 +1,42 @@
+"""Which requests run side by side in the target search: few padded tokens, and few chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hf_alphaedit.models.encoding import EncodedRequest
+
+
+# Tokens that run side by side. On a CPU, products are at full speed from a few hundred on, and larger tensors only
+# cost page faults; the activations of an 8B model for this many still fit beside its weights.
+LARGEST_CHUNK = 1024
+CHUNK_COST = 64  # in tokens: what a pass takes however little it holds
+
+
+def suffix_length(request: EncodedRequest) -> int:
+    """Tokens from the subject's last one on, the longest row's."""
+    return max(len(row.token_ids) - row.subject for row in request.rows)
+
+
+def chunked(order: Sequence[int], requests: Sequence[EncodedRequest], largest_chunk: int) -> list[list[int]]:
+    """`order` (ascending suffix length) cut into chunks of at most `largest_chunk` tokens, or of one request.
+
+    Among all ways to cut it, the one whose tokens, padding included, and chunks, at `CHUNK_COST` each, sum up to the
+    least.
+    """
+    cost, start = [0], [0]  # of the best way to cut the first i requests, and where its last chunk begins
+    for end in range(1, len(order) + 1):
+        length, rows, candidates = suffix_length(requests[order[end - 1]]), 0, []
+        for begin in range(end - 1, -1, -1):
+            rows += len(requests[order[begin]].rows) + 1
+            if rows * length > largest_chunk and candidates:
+                break
+            candidates.append((cost[begin] + rows * length + CHUNK_COST, begin))
+        least, begin = min(candidates)
+        cost.append(least), start.append(begin)
+    chunks: list[list[int]] = []
+    end = len(order)
+    while end:
+        chunks.insert(0, list(order[start[end] : end]))
+        end = start[end]
+    return chunks
