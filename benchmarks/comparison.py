@@ -236,11 +236,12 @@ class Comparison:
         }  # fmt: skip
 
     def _settings(self, mode: str) -> Settings:
-        config = self.configs[mode]
+        """The published search, and the mode's ridge."""
+        paper = self.configs[mode].paper()
         return Settings(
-            layers=self.layers, v_num_grad_steps=config.value_steps, v_lr=config.learning_rate,
-            v_weight_decay=config.weight_decay, clamp_norm_factor=config.clamp_factor, kl_factor=config.kl_factor,
-            stop_loss=config.stop_loss, l2=config.l2,
+            layers=self.layers, v_num_grad_steps=paper.value_steps, v_lr=paper.learning_rate,
+            v_weight_decay=paper.weight_decay, clamp_norm_factor=paper.clamp_factor, kl_factor=paper.kl_factor,
+            stop_loss=paper.stop_loss, l2=self.configs[mode].l2,
         )  # fmt: skip
 
     def _evaluate(self, side: str) -> None:

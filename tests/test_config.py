@@ -15,6 +15,7 @@ from hf_alphaedit.errors import ConfigError
 # One value other than the default for every setting.
 OTHER: dict[str, Any] = {
     "layers": (1, 4, 7), "target_module": "model.layers.{}.mlp.down_proj", "value_steps": 3, "learning_rate": 0.25,
+    "adam_betas": (0.5, 0.75),
     "clamp_factor": 2.0, "kl_factor": 0.0, "weight_decay": 0.0, "stop_loss": 0.0, "stop_at_argmax": True,
     "forward_dtype": "bfloat16", "context_templates": ("Yes. {}", "中. {}"), "context_length": 7,
     "context_special_tokens": True, "context_keys": "mean", "projection": "soft_inside_hard",
@@ -84,6 +85,7 @@ def test_settings_of_a_newer_format_are_dropped_with_a_warning(caplog: pytest.Lo
         ("layers", (True,)), ("target_module", "model.layers.0.mlp"), ("target_module", "{}.{}"), ("target_module", 3),
         ("value_steps", 0), ("value_steps", 2.0), ("value_steps", True), ("value_steps", "3"),
         ("learning_rate", 0), ("learning_rate", -1.0), ("learning_rate", float("nan")), ("learning_rate", "fast"),
+        ("adam_betas", (0.5,)), ("adam_betas", (0.5, 1.0)), ("adam_betas", (-0.1, 0.9)), ("adam_betas", 0.9),
         ("clamp_factor", 0.0), ("clamp_factor", float("inf")), ("kl_factor", -0.1), ("kl_factor", float("nan")),
         ("weight_decay", -1), ("stop_loss", -0.1), ("stop_at_argmax", 1), ("forward_dtype", "float8"),
         ("context_templates", ("no place",)), ("context_templates", ("{} and {}",)), ("context_templates", "{}"),
@@ -134,6 +136,6 @@ def test_a_file_that_holds_no_settings(text: str, message: str, tmp_path: Path) 
         AlphaEditConfig.from_json_file(tmp_path / "missing.json")
 
 
-@pytest.mark.parametrize(("steps", "published"), [(20, 20), (25, 25), (40, 25)])
-def test_paper_mode_searches_no_longer_than_published(steps: int, published: int) -> None:
-    assert AlphaEditConfig(value_steps=steps).paper().value_steps == published
+def test_paper_mode_searches_as_published() -> None:
+    paper = AlphaEditConfig(value_steps=40, adam_betas=(0.5, 0.9)).paper()
+    assert (paper.value_steps, paper.adam_betas) == (25, (0.9, 0.999))

@@ -9,7 +9,7 @@ from hf_alphaedit.algorithm.optimize import DeltaSearch, search_delta
 
 
 HIDDEN = 6
-SETTINGS = {"learning_rate": 0.3, "clamp_factor": 0.75, "stop_loss": 0.0}
+SETTINGS = {"learning_rate": 0.3, "betas": (0.7, 0.9), "clamp_factor": 0.75, "stop_loss": 0.0}
 
 
 class Bowls:
@@ -37,7 +37,7 @@ class Bowls:
 def adam(bowls: Bowls, index: int, steps: int, clamp_factor: float) -> list[Tensor]:
     """The published loop for one request: every delta that is looked at."""
     delta = torch.zeros(HIDDEN, requires_grad=True)
-    optimizer = torch.optim.Adam([delta], lr=SETTINGS["learning_rate"])
+    optimizer = torch.optim.Adam([delta], lr=SETTINGS["learning_rate"], betas=SETTINGS["betas"])
     looked_at = []
     for step in range(steps):
         looked_at.append(delta.detach().clone())

@@ -69,7 +69,12 @@ def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     config = AlphaEditConfig(layers=LAYERS, learning_rate=0.2, value_steps=STEPS, sequence_length=SEQUENCE).paper()
     # Random layers are no trained ones: the published 2e-2 would leave nothing of their spectrum.
     threshold = {"llama": 0.5, "gpt2": 0.2}[family]
-    changes = {"absolute_threshold": threshold, "stop_loss": STOP_LOSS, "context_templates": CONTEXTS}
+    changes = {
+        "absolute_threshold": threshold,
+        "value_steps": STEPS,
+        "stop_loss": STOP_LOSS,
+        "context_templates": CONTEXTS,
+    }
     config = config.replace(cache_targets=False, **changes)
     editor = AlphaEditor(mine, tokenizer, config)
     editor.second_moment_directory = Path(tmp_path_factory.mktemp("moments"))

@@ -1,7 +1,9 @@
 """The target search on tiny models: side by side as one by one, whatever the chunks, the memory and the way."""
 
+import contextlib
 import logging
 import math
+import os
 from collections.abc import Sequence
 from itertools import combinations, pairwise
 from typing import Any
@@ -18,6 +20,7 @@ from hf_alphaedit.errors import EditingError
 from hf_alphaedit.models.architecture import Architecture, resolve_architecture
 from hf_alphaedit.models.encoding import EncodedRequest, encode_request
 from hf_alphaedit.models.forward import align_rows
+from hf_alphaedit.models.hooks import GROUPED_ATTENTION, grouped_attention
 from hf_alphaedit.requests import EditRequest
 from hf_alphaedit.targets import (
     Targets,
@@ -233,6 +236,31 @@ def test_product_dtype_follows_setting_and_weights() -> None:
     assert product_dtype(narrow, CONFIG.replace(forward_dtype="auto")) is None
     assert product_dtype(narrow, CONFIG.replace(forward_dtype="float32")) == torch.float32
     assert product_dtype(wide, CONFIG.replace(forward_dtype="auto")) in (None, torch.bfloat16)
+    routed = resolve_architecture(tiny_model("mixtral"), "model.layers.{}.mlp.experts.down_proj", (1, 2))
+    auto = CONFIG.replace(forward_dtype="auto")
+    assert product_dtype(routed, auto) == product_dtype(wide, auto)
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_grouped_attention_is_gone_on_exit(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(GROUPED_ATTENTION, raising=False)
+    if before is not None:
+        monkeypatch.setenv(GROUPED_ATTENTION, before)
+    with contextlib.suppress(KeyboardInterrupt), grouped_attention(torch.device("cpu")):
+        assert os.environ[GROUPED_ATTENTION] == "1"
+        raise KeyboardInterrupt
+    with grouped_attention(torch.device("meta")):
+        assert os.environ.get(GROUPED_ATTENTION) == before
+    assert os.environ.get(GROUPED_ATTENTION) == before
+
+
+def test_grouped_attention_changes_rounding_only() -> None:
+    model = tiny_model("llama")
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    token_ids, mask = torch.arange(12).view(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    plain = model(token_ids, attention_mask=mask).logits
+    with grouped_attention(torch.device("cpu")):
+        torch.testing.assert_close(model(token_ids, attention_mask=mask).logits, plain)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

@@ -44,6 +44,9 @@ class AlphaEditConfig:
     # Targets: the search of the paper's equation 3
     value_steps: int = setting(25, "forward passes of the target search; the last one makes no update")
     learning_rate: float = setting(0.5, "Adam's learning rate for the target search")
+    adam_betas: tuple[float, float] = setting(
+        (0.7, 0.9), "decay of Adam's two averages in the target search; published: 0.9 and 0.999"
+    )
     clamp_factor: float = setting(0.75, "largest norm of delta, relative to the norm of the vector it is added to")
     kl_factor: float = setting(0.0625, "weight of the KL term that keeps '<subject> is a' as it was")
     weight_decay: float = setting(0.5, "weight of ‖delta‖ / ‖value‖² in the loss")
@@ -100,6 +103,7 @@ class AlphaEditConfig:
             _require(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "positive and finite")
         for name in ("kl_factor", "weight_decay", "stop_loss"):
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "zero or more, and finite")
+        _require(all(0 <= beta < 1 for beta in self.adam_betas), "adam_betas", self.adam_betas, "from 0 to below 1")
         _require(0 < self.energy_share < 1, "energy_share", self.energy_share, "between 0 and 1")
         for template in self.context_templates or ():
             _require(template.count("{}") == 1, "context_templates", template, "a text with exactly one {}")
@@ -118,13 +122,13 @@ class AlphaEditConfig:
     def paper(self) -> AlphaEditConfig:
         """The published procedure, step for step, on this config's layers and learning rate.
 
-        Absolute threshold 2e-2, L2 10, hard projection, all rows in the model's dtype, special tokens kept in the
-        sampled contexts, 100 tokens per dimension. Source: the AlphaEdit paper (ICLR 2025), sections 3 and 4, and its
-        first code release.
+        25 forward passes, Adam's usual betas, absolute threshold 2e-2, L2 10, hard projection, all rows in the model's
+        dtype, special tokens kept in the sampled contexts, 100 tokens per dimension. Source: the AlphaEdit paper (ICLR
+        2025), sections 3 and 4, and its first code release.
         """
         return self.replace(
             projection="hard", threshold_rule="absolute", absolute_threshold=2e-2, l2=10.0, use_history=True,
-            value_steps=min(self.value_steps, 25), clamp_factor=0.75, kl_factor=0.0625, weight_decay=0.5,
+            value_steps=25, adam_betas=(0.9, 0.999), clamp_factor=0.75, kl_factor=0.0625, weight_decay=0.5,
             stop_loss=5e-2, stop_at_argmax=False, forward_dtype="model", context_templates=None, context_length=10,
             context_special_tokens=True, context_keys="mean", tokens_per_dimension=100,
             source=f"paper mode of: {self.source}",
@@ -210,6 +214,8 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     if get_origin(wanted) is tuple:
         item = get_args(wanted)[0]
         _require(isinstance(value, (list, tuple)), name, value, f"a sequence of {item.__name__}")
+        length = len(get_args(wanted))
+        _require(get_args(wanted)[-1] is Ellipsis or len(value) == length, name, value, f"{length} values")
         return tuple(_checked(name, element, item) for element in value)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

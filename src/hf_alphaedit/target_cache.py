@@ -31,7 +31,8 @@ KIND = "targets"
 ENTRIES_KEPT = 256
 # The settings that a target depends on; the others only matter for the solve.
 SEARCH_SETTINGS = (
-    "value_steps", "learning_rate", "clamp_factor", "kl_factor", "weight_decay", "stop_loss", "stop_at_argmax",
+    "value_steps", "learning_rate", "adam_betas", "clamp_factor", "kl_factor", "weight_decay", "stop_loss",
+    "stop_at_argmax",
 )  # fmt: skip
 
 

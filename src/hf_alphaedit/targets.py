@@ -19,7 +19,7 @@ from hf_alphaedit.errors import EditingError, UnsupportedModelError
 from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import EncodedRequest, TokenRow
 from hf_alphaedit.models.forward import align_rows, resume_rows
-from hf_alphaedit.models.hooks import multiplies_bfloat16, products_in, replaced_forward
+from hf_alphaedit.models.hooks import grouped_attention, multiplies_bfloat16, products_in, replaced_forward
 from hf_alphaedit.models.rows import AlignedRows, prediction_positions
 from hf_alphaedit.processes import Processes
 from hf_alphaedit.sharing import search_shared
@@ -100,7 +100,7 @@ def compute_targets(
             chunk = chunks.pop(0)
             members = [requests[index] for index in chunk]
             try:
-                with replaced_forward(products):
+                with replaced_forward(products), grouped_attention(architecture.input_device):
                     rows = _Rows.of(architecture, members, layer, cached)
                     search = _search(architecture, rows, layer, config, bar.update)
             except FloatingPointError as error:
@@ -202,8 +202,8 @@ def _search(
 
     return search_delta(
         _Loss(architecture, rows, layer, norm, config), norm, architecture.hidden_size, steps=config.value_steps,
-        learning_rate=config.learning_rate, clamp_factor=config.clamp_factor, stop_loss=config.stop_loss,
-        stop_at_argmax=config.stop_at_argmax, on_step=on_step,
+        learning_rate=config.learning_rate, betas=config.adam_betas, clamp_factor=config.clamp_factor,
+        stop_loss=config.stop_loss, stop_at_argmax=config.stop_at_argmax, on_step=on_step,
     )  # fmt: skip
 
 
@@ -284,7 +284,7 @@ def product_dtype(architecture: Architecture, config: AlphaEditConfig) -> torch.
         return None
     if config.forward_dtype != "auto":
         return getattr(torch, config.forward_dtype)
-    weight = architecture.site((config.layers or architecture.editable_layers())[0]).module.weight
+    weight = architecture.site((config.layers or architecture.editable_layers())[0]).weight
     if weight.dtype != torch.float32:
         return None
     return torch.bfloat16 if multiplies_bfloat16(architecture.input_device) else None

@@ -44,8 +44,8 @@ PRESET_NAME = "tuned.json"
 METRICS = ("efficacy", "generalization", "specificity")
 HELD_OUT_TOKENS = 8192
 # Settings that the targets depend on; all others can change without a new search.
-TARGET_SETTINGS = ("value_steps", "learning_rate", "clamp_factor", "kl_factor", "weight_decay", "stop_loss",
-                   "stop_at_argmax", "forward_dtype")  # fmt: skip
+TARGET_SETTINGS = ("value_steps", "learning_rate", "adam_betas", "clamp_factor", "kl_factor", "weight_decay",
+                   "stop_loss", "stop_at_argmax", "forward_dtype")  # fmt: skip
 
 
 def tune(

@@ -13,7 +13,6 @@ from torch import Tensor
 from hf_alphaedit.algorithm.objective import TargetLoss
 
 
-ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8
 
 
@@ -43,6 +42,7 @@ def search_delta(
     *,
     steps: int,
     learning_rate: float,
+    betas: tuple[float, float],
     clamp_factor: float,
     stop_loss: float,
     stop_at_argmax: bool = False,
@@ -57,6 +57,7 @@ def search_delta(
         hidden_size: h, length of those vectors.
         steps: forward passes; the last makes no update, so there are `steps - 1` updates at most, as published.
         learning_rate: Adam's.
+        betas: Adam's decay of the average gradient and of the average squared gradient.
         clamp_factor: a delta's norm stays at or below this many times its `initial_norm`.
         stop_loss: a request is finished once its total loss is below this.
         stop_at_argmax: a request is also finished once its whole target is the argmax in every row.
@@ -92,10 +93,10 @@ def search_delta(
         (gradient,) = torch.autograd.grad(loss.total.sum(), candidate)  # (m, h)
         gradient, active = gradient[~finished], active[~finished]
 
-        first_moment[active] = ADAM_BETAS[0] * first_moment[active] + (1 - ADAM_BETAS[0]) * gradient
-        second_moment[active] = ADAM_BETAS[1] * second_moment[active] + (1 - ADAM_BETAS[1]) * gradient.square()
-        mean = first_moment[active] / (1 - ADAM_BETAS[0] ** (step + 1))
-        scale = (second_moment[active] / (1 - ADAM_BETAS[1] ** (step + 1))).sqrt() + ADAM_EPSILON
+        first_moment[active] = betas[0] * first_moment[active] + (1 - betas[0]) * gradient
+        second_moment[active] = betas[1] * second_moment[active] + (1 - betas[1]) * gradient.square()
+        mean = first_moment[active] / (1 - betas[0] ** (step + 1))
+        scale = (second_moment[active] / (1 - betas[1] ** (step + 1))).sqrt() + ADAM_EPSILON
         moved = delta[active] - learning_rate * mean / scale  # (m, h)
 
         limit = clamp_factor * initial_norm[active]  # (m,)

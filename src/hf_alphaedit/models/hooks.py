@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+
+GROUPED_ATTENTION = "TRANSFORMERS_SDPA_FORCE_GQA"  # an environment variable of transformers
 
 
 class StopForward(Exception):
@@ -164,6 +168,24 @@ def products_in(
         for module in feed_forwards
         if module not in forwards and products.issuperset(module.parameters())
     }
+
+
+@contextmanager
+def grouped_attention(device: torch.device) -> Iterator[None]:
+    """On a CPU, heads that share a key and a value share them in memory too, also under a mask.
+
+    transformers copies them for every head where there is a mask, since GPU kernels take none then; on a CPU the
+    copies are most of what attention costs with short queries.
+    """
+    before = os.environ.get(GROUPED_ATTENTION)
+    try:
+        if device.type == "cpu":
+            os.environ[GROUPED_ATTENTION] = "1"
+        yield
+    finally:
+        os.environ.pop(GROUPED_ATTENTION, None)
+        if before is not None:
+            os.environ[GROUPED_ATTENTION] = before
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
