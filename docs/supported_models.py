@@ -86,6 +86,9 @@ shared one comes first, and `target_module` set to the path below edits the rout
 | PEFT-wrapped | refused: merge the adapter, or edit the base model first |
 | tensor-parallel or fully sharded (DTensor) | refused: load without `tp_plan` or FSDP |
 | quantised (bitsandbytes, GPTQ, GGUF, ...) | refused with the remedy: load in bfloat16, or with `dequantize=True` |
+
+Several processes on CPUs: `ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 SCRIPT`, since
+accelerate 1.15 starts one process only for `--cpu --num_processes 2`.
 """
 
 
