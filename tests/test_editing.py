@@ -91,6 +91,7 @@ def test_keys_and_values_are_those_of_plain_passes(family: str) -> None:
         assert keys.shape == (len(REQUESTS), 1 + len(CONTEXTS), 64)
         torch.testing.assert_close(keys, expected_keys, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(values, expected_values, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(walk.values(), expected_values, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("contexts", [CONTEXTS, CONTEXTS[:1], ()])

@@ -129,7 +129,7 @@ def edit_batch(
                 partial = Batch((), {}, {site.name: updates[site.name]})
                 site.write(history.weight(site.name, [*history.batches, partial], site.device))
     with watch.measuring("keys"):
-        _, final = walk.advance(layers[-1])
+        final = walk.values()
     wanted = (targets.values - targets.initial).norm(dim=-1)  # (n,), zero where nothing was left to do
     lacking = (targets.values - final.cpu()).norm(dim=-1) / wanted.clamp_min(torch.finfo(wanted.dtype).tiny)
     lacking = torch.where(wanted > 0, lacking, 0.0)
@@ -150,22 +150,38 @@ def layer_groups(architecture: Architecture, layers: Sequence[int]) -> list[Sequ
 
 
 class BatchWalk:
-    """Keys averaged over contexts, and current values on the bare prompt, layer after layer."""
+    """Keys in every context, and current values on the bare prompt, layer after layer."""
 
     def __init__(self, architecture: Architecture, requests: Sequence[EncodedRequest], last_layer: int) -> None:
-        self.rows_per_request = len(requests[0].rows)
-        rows: list[TokenRow] = [row for request in requests for row in request.rows]
-        # Chunks hold whole requests and are bounded by tokens; each keeps its own stored hidden states.
-        per_request = self.rows_per_request * max(row.subject + 1 for row in rows)
-        size = max(1, 4 * LARGEST_CHUNK // per_request) * self.rows_per_request
-        self.walks = [KeyWalk(architecture, rows[i : i + size], last_layer) for i in range(0, len(rows), size)]
+        self.last_layer = last_layer
+        self.bare = _walks(architecture, [request.rows[0] for request in requests], last_layer)
+        # Longest first, so that a chunk has little padding; `place` is where each row is then.
+        contexts = [row for request in requests for row in request.rows[1:]]
+        order = sorted(range(len(contexts)), key=lambda index: -contexts[index].subject)
+        self.place = torch.tensor(order, dtype=torch.long).argsort()
+        self.contexts = _walks(architecture, [contexts[index] for index in order], None)
 
     def advance(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys in every context (n, c, d), the bare prompt first, and current values (n, h) on it, both float32."""
-        parts = [walk.advance(layer) for walk in self.walks]
-        keys = torch.cat([keys for keys, _ in parts]).float().unflatten(0, (-1, self.rows_per_request))  # (n, c, d)
-        values = torch.cat([values for _, values in parts]).float()[:: self.rows_per_request]  # (n, h)
+        parts = [walk.advance(layer) for walk in self.bare]
+        keys = torch.cat([keys for keys, _ in parts]).float()[:, None]  # (n, 1, d)
+        values = torch.cat([values for _, values in parts if values is not None]).float()  # (n, h)
+        if self.contexts:
+            in_contexts = torch.cat([walk.advance(layer)[0] for walk in self.contexts]).float()
+            in_contexts = in_contexts[self.place.to(keys.device)].unflatten(0, (len(keys), -1))  # (n, c - 1, d)
+            keys = torch.cat([keys, in_contexts], 1)
         return keys, values
+
+    def values(self) -> Tensor:
+        """Current values (n, h) on the bare prompt, float32."""
+        parts = [walk.advance(self.last_layer)[1] for walk in self.bare]
+        return torch.cat([values for values in parts if values is not None]).float()
+
+
+def _walks(architecture: Architecture, rows: Sequence[TokenRow], last_layer: int | None) -> list[KeyWalk]:
+    """The rows in chunks that are bounded by tokens; each keeps its own stored hidden states."""
+    size = max(1, 4 * LARGEST_CHUNK // max((row.subject + 1 for row in rows), default=1))
+    return [KeyWalk(architecture, rows[start : start + size], last_layer) for start in range(0, len(rows), size)]
 
 
 def context_weights(count: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -26,17 +26,18 @@ class KeyWalk:
     """Keys and current values of the same rows, layer after layer, while the weights change underneath.
 
     The rows end at the subject's last token. Each call of `advance` starts from the stored input of the layer it was
-    called for last and stops at the layer whose output is the value, so nothing that can't have changed runs twice.
+    called for last and stops at the layer whose output is the value, or, if no values are wanted (`last_layer` is
+    None), behind the key, so nothing that can't have changed runs twice.
     """
 
-    def __init__(self, architecture: Architecture, rows: Sequence[TokenRow], last_layer: int) -> None:
+    def __init__(self, architecture: Architecture, rows: Sequence[TokenRow], last_layer: int | None) -> None:
         rows = [row.until_subject() for row in rows]
         self.architecture, self.last_layer = architecture, last_layer
         self.aligned = whole_rows(architecture, rows)
         self.first_block = 0
 
     @torch.no_grad()
-    def advance(self, layer: int) -> tuple[Tensor, Tensor]:
+    def advance(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """Keys (B, d) that enter `layer`'s down-projection, and values (B, h) at the last layer's value module."""
         architecture, aligned = self.architecture, self.aligned
         rows = torch.arange(len(aligned.subject), device=aligned.subject.device)
@@ -44,21 +45,25 @@ class KeyWalk:
         def at_subject(hidden: Tensor) -> Tensor:
             return at_positions(by_row(hidden.detach(), len(rows)), (rows, aligned.subject))
 
+        def keep_value(hidden: Tensor) -> None:
+            values.append(at_subject(hidden))
+
         values: list[Tensor] = []
         inputs: list[Tensor] = []
         form: list[tuple[type, int]] = [aligned.block_form]
-        site, stop = architecture.site(layer), architecture.value_module(self.last_layer)
+        site = architecture.site(layer)
+        stop = site.module if self.last_layer is None else architecture.value_module(self.last_layer)
         with (
             skipped_blocks(architecture, aligned, self.first_block),
             captured_keys([site], at_subject) as keys,
             on_input(architecture.blocks[layer], lambda hidden: inputs.append(hidden.detach().clone())),
-            on_output(stop, lambda hidden: values.append(at_subject(hidden))),
+            nullcontext() if self.last_layer is None else on_output(stop, keep_value),
             _form_of(architecture.blocks[max(layer - 1, 0)], form),
             stop_after(stop),
         ):
             architecture.model(input_ids=aligned.token_ids, attention_mask=aligned.attention_mask, use_cache=False)
         self.aligned, self.first_block = replace(aligned, entry=inputs[0], block_form=form[-1]), layer
-        return side_by_side(site, keys[site.name], len(rows)), values[0]
+        return side_by_side(site, keys[site.name], len(rows)), None if self.last_layer is None else values[0]
 
 
 @contextmanager
