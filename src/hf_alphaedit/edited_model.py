@@ -225,7 +225,7 @@ class EditedModel:
         """Give every site the weight that follows from the history."""
         for site in self.sites():
             if site.name in self.history.base_weights:
-                site.write(self.history.weight(site.name, device=site.device))
+                site.write_edits(self.history)
 
     def write_batches(self, batches: Sequence[Batch]) -> None:
         """Make `batches` the history and give every site the weight that follows from it; all or nothing."""

@@ -127,7 +127,7 @@ def edit_batch(
             updates[site.name] = LowRankUpdate(update.inputs.cpu(), update.outputs.cpu())
             with watch.measuring("write"):
                 partial = Batch((), {}, {site.name: updates[site.name]})
-                site.write(history.weight(site.name, [*history.batches, partial], site.device))
+                site.write_edits(history, [*history.batches, partial])
     with watch.measuring("keys"):
         final = walk.values()
     wanted = (targets.values - targets.initial).norm(dim=-1)  # (n,), zero where nothing was left to do

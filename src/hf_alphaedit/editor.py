@@ -196,6 +196,9 @@ class AlphaEditor(EditedModel):
             save_directory: is made if it doesn't exist.
             include_requests: with False no text of a request is written anywhere.
             save_kwargs: passed to the model's `save_pretrained` as they are (`max_shard_size`, ...).
+
+        Raises:
+            UnsupportedModelError: the edits are kept beside 4-bit weights; use `export_lora` or `save_edits`.
         """
         save_editor(self, Path(save_directory), include_requests=include_requests, **save_kwargs)
 

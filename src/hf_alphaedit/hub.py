@@ -12,6 +12,7 @@ from huggingface_hub import HfApi
 from hf_alphaedit import __version__
 from hf_alphaedit.card import CARD_NAME, write_card
 from hf_alphaedit.processes import Processes
+from hf_alphaedit.saving import require_checkpoint
 
 
 if TYPE_CHECKING:
@@ -60,12 +61,14 @@ def push_to_hub(
         Address of the commit, or of the pull request; of the repository in all processes but the main one.
 
     Raises:
+        UnsupportedModelError: as `save_pretrained`; the Hub isn't asked for anything.
         huggingface_hub.errors.HfHubHTTPError: the Hub's own error, as it is.
         huggingface_hub.errors.OfflineModeIsEnabled: the Hub is switched off by `HF_HUB_OFFLINE`.
     """
     api = HfApi(token=token, library_name="hf_alphaedit", library_version=__version__)
     if not Processes.current().is_main:  # every process has the same model: one upload is enough
         return f"{api.endpoint}/{repo_id}"
+    require_checkpoint(editor, edited=bool(editor.history.batches))
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name before it
     if revision is not None and not revision.startswith("refs/pr/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_alphaedit.card import write_card
+from hf_alphaedit.errors import UnsupportedModelError
+from hf_alphaedit.models.quantised import QuantisedSite
 from hf_alphaedit.processes import Processes
 
 
@@ -23,7 +25,11 @@ def save_editor(editor: AlphaEditor, directory: Path, *, include_requests: bool,
         directory: is made if it doesn't exist.
         include_requests: with False no text of a request is in any file.
         save_kwargs: passed to the model's `save_pretrained`.
+
+    Raises:
+        UnsupportedModelError: an edit is kept beside a quantised weight, where a checkpoint has no place for it.
     """
+    require_checkpoint(editor, edited=bool(editor.history.batches))
     is_main = Processes.current().is_main
     editor.model.save_pretrained(directory, **save_kwargs)
     if is_main:
@@ -31,3 +37,13 @@ def save_editor(editor: AlphaEditor, directory: Path, *, include_requests: bool,
         editor.config.save_pretrained(directory)
         write_card(editor, directory, include_requests=include_requests)
     editor.history.save(directory, include_requests=include_requests, is_main_process=is_main, sites=editor.sites())
+
+
+def require_checkpoint(editor: AlphaEditor, *, edited: bool = True) -> None:
+    """Raise `UnsupportedModelError` where the model can't be a plain checkpoint once it is edited."""
+    beside = [site.name for site in editor.sites() if isinstance(site, QuantisedSite)]
+    if beside and edited:
+        raise UnsupportedModelError(
+            f"the edits of {beside} are kept beside weights packed in 4 bits, which a checkpoint can't hold; write "
+            "them as an adapter with export_lora, or as an edit pack with save_edits"
+        )

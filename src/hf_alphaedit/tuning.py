@@ -201,7 +201,7 @@ class _Bench:
             error = str(problem)
         finally:
             for site in sites:
-                site.write(scratch.base_weights[site.name])
+                site.write_edits(scratch)
         score = objective(metrics, self.before) if metrics else 0.0
         return Trial(dict(settings), score, metrics, time.monotonic() - began, error)
 

@@ -76,6 +76,10 @@ def edit(
         found = editor.preflight(records)
         show(found, json)
         raise typer.Exit(1 if found.errors else 0)
+    if out is not None:
+        from hf_alphaedit.saving import require_checkpoint
+
+        require_checkpoint(editor)  # now, rather than after the work
     _prepare(editor, corpus, tokens)
     result = editor.apply_edits(
         records, batch_size=batch_size, seed=seed, gate=thresholds, retry=retry, drop_failed=drop_failed

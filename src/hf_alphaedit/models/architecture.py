@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_alphaedit.errors import UnsupportedModelError
 from hf_alphaedit.models.experts import ExpertsSite, is_fused, problem_with
 from hf_alphaedit.models.probe import Additivity, probe_additivity
+from hf_alphaedit.models.quantised import QuantisedSite, is_four_bit
 from hf_alphaedit.models.weights import EditSite
 
 
@@ -111,7 +112,7 @@ class Architecture:
             raise UnsupportedModelError(
                 f"{name} is a {type(module).__name__}; an nn.Linear or Conv1D is needed{remedy}"
             )
-        return EditSite(name, layer, module)
+        return (QuantisedSite if is_four_bit(module) else EditSite)(name, layer, module)
 
     def _experts_site(self, name: str, layer: int, module: nn.Module) -> ExpertsSite:
         problem = problem_with(module, self.hidden_size)

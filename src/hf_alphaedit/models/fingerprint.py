@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_alphaedit.models.experts import ExpertsSite
+from hf_alphaedit.models.quantised import is_four_bit
 from hf_alphaedit.models.weights import EditSite
 
 
@@ -57,7 +58,7 @@ def model_fingerprint(model: PreTrainedModel, base_weights: Mapping[str, Tensor]
         with torch.no_grad(), align_module_device(module):
             for name, parameter in module.named_parameters(recurse=False):
                 value = parameter.detach()
-                if name == "weight" and module_name in base_weights:
+                if name == "weight" and module_name in base_weights and not is_four_bit(module):
                     value = EditSite(module_name, 0, module).as_stored(base_weights[module_name])
                 elif f"{module_name}.{name}" in base_weights:
                     path = f"{module_name}.{name}"

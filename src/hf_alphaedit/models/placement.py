@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hf_alphaedit.errors import UnsupportedModelError
+from hf_alphaedit.models.quantised import claim, is_four_bit
 
 
 GGUF_REMEDY = (
@@ -23,15 +24,17 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
     The modules are the user's own, so that what is written shows in the wrapped model as well.
 
     Raises:
-        UnsupportedModelError: it is wrapped by PEFT, quantised or spread as shards; the message has the remedy.
+        UnsupportedModelError: it is wrapped by PEFT, quantised by other means than 4 bits of bitsandbytes, or spread
+            as shards; the message has the remedy.
     """
-    name = type(model).__name__
+    name, compiled = type(model).__name__, False
     while not isinstance(model, PreTrainedModel):
         if hasattr(model, "peft_config"):
             raise UnsupportedModelError(
                 f"{name} is wrapped by PEFT, whose adapters change what an edited weight does; edit "
                 "model.merge_and_unload(), or edit the base model first and train or load the adapter afterwards"
             )
+        compiled |= hasattr(model, "_orig_mod")
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if inner is None:
             raise UnsupportedModelError(
@@ -43,7 +46,7 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
             f"{name} has PEFT adapters, which change what an edited weight does; edit it before they are added, or "
             "call model.delete_adapter on them"
         )
-    if getattr(model, "is_quantized", False):
+    if getattr(model, "is_quantized", False) and not any(map(is_four_bit, model.modules())):
         raise UnsupportedModelError(f"{name} is quantised ({_quantisation(model)}); {_remedy(model)}")
     for path, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
@@ -51,6 +54,10 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
                 f"{path} of {name} is spread over devices as shards (DTensor); load the model without tp_plan, "
                 "distributed_config or FSDP, e.g. with device_map='auto', and edit it before it is sharded"
             )
+    compiled |= any(module._compiled_call_impl for module in model.modules())
+    problem = claim(model, compiled=compiled)
+    if problem is not None:
+        raise UnsupportedModelError(f"{name}: {problem}")
     return model
 
 

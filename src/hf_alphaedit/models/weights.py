@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from accelerate.utils import (
@@ -15,6 +16,11 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+
+if TYPE_CHECKING:
+    from hf_alphaedit.batches import Batch
+    from hf_alphaedit.history import History
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -93,6 +99,10 @@ class EditSite:
         """A copy of the weight as (h, d), on its execution device, in its own dtype."""
         with torch.no_grad(), align_module_device(self.module):
             return self.as_matrix(self.weight.detach()).clone(memory_format=torch.contiguous_format)
+
+    def write_edits(self, history: History, batches: Sequence[Batch] | None = None) -> None:
+        """Replace the weight by what it is after `batches` (default: the history's); see `History.weight`."""
+        self.write(history.weight(self.name, batches, self.device))
 
     @torch.no_grad()
     def write(self, value: Tensor) -> None:
