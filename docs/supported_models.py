@@ -85,10 +85,15 @@ shared one comes first, and `target_module` set to the path below edits the rout
 | several processes (`accelerate launch`) | edited; requests are shared out, all processes get the same weights |
 | PEFT-wrapped | refused: merge the adapter, or edit the base model first |
 | tensor-parallel or fully sharded (DTensor) | refused: load without `tp_plan` or FSDP |
-| quantised (bitsandbytes, GPTQ, GGUF, ...) | refused with the remedy: load in bfloat16, or with `dequantize=True` |
+| 4 bits of bitsandbytes | edited; the packed weights are never written, edits run beside them in float32; see below |
+| otherwise quantised (8 bits, GPTQ, GGUF, ...) | refused: load in bfloat16, or with `dequantize=True` |
 
 Several processes on CPUs: `ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 SCRIPT`, since
 accelerate 1.15 starts one process only for `--cpu --num_processes 2`.
+
+Edits of a 4-bit model leave the process by `export_lora` and `save_edits`; `save_pretrained` refuses while there are
+any. Make the `AlphaEditor` before the model runs on a CPU with AVX512-BF16: it keeps bitsandbytes from packing the
+weights a second time, for products without gradients. Compile the model after editing it.
 """
 
 
