@@ -19,7 +19,17 @@ from hf_alphaedit.presets import Preset, config_for, derived_layers, presets
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = presets()
-EXPECTED = {"gpt2-xl", "gpt-j-6b", "llama-3-8b", "llama-3.1-8b", "qwen2.5-7b", "mistral-7b", "phi-1.5", "smollm2-135m"}
+EXPECTED = {
+    "gpt2-xl",
+    "gpt-j-6b",
+    "llama-3-8b",
+    "llama-3.1-8b",
+    "qwen2.5-7b",
+    "mistral-7b",
+    "phi-1.5",
+    "smollm2-135m",
+    "gemma-3-270m",
+}
 
 
 class Shaped:
