@@ -52,10 +52,10 @@ test-slow: $(VENV)/.develop  ## Run the tests that need real models
 	$(BIN)/python -m pytest -m slow --durations 10 $(PYTEST)
 
 bench: $(VENV)/.develop  ## Measure the library against the published procedure
-	PYTHONPATH=examples $(BIN)/python benchmarks/bench.py $(ARGUMENTS)
+	$(BIN)/python benchmarks/bench.py $(ARGUMENTS)
 
 bench-gpu: $(VENV)/.develop  ## Measure a Llama-3-8B-shaped model on an accelerator
-	PYTHONPATH=examples $(BIN)/python benchmarks/gpu.py $(ARGUMENTS)
+	$(BIN)/python benchmarks/gpu.py $(ARGUMENTS)
 
 style: $(VENV)/.develop  ## Format the code and repair what can be repaired
 	$(BIN)/ruff check --fix .

@@ -22,8 +22,7 @@ from comparison import METRICS, MODES, PHASES, Comparison
 from huggingface_hub.utils import disable_progress_bars
 from measuring import environment
 from results import OUTPUT, Goal, plot_phases, save, show_goals, show_table
-from smollm2 import load_smollm2
-from workload import load_workload
+from workload import load_model, load_workload
 
 
 AGREEMENT = {"moments (float32)": 1e-6, "moments (bfloat16 products)": 1e-3, "targets": 1e-4, "null ranks": 1e-3}
@@ -117,7 +116,7 @@ def main(arguments: list[str] | None = None, loaded: Any = None, **settings: Any
     disable_progress_bars("hf_alphaedit")
     torch.manual_seed(0)
     before = environment()
-    model, tokenizer = loaded or load_smollm2()
+    model, tokenizer = loaded or load_model()
     sequence_length = min(512, model.config.max_position_embeddings)
     workload = load_workload(model, tokenizer, options.requests, options.tokens, sequence_length)
     comparison = Comparison(

@@ -18,9 +18,8 @@ import torch
 from huggingface_hub.utils import disable_progress_bars
 from measuring import Stopwatch, environment
 from results import OUTPUT, plot_lines, save, show_table
-from smollm2 import load_smollm2
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from workload import load_records, load_texts
+from workload import load_model, load_records, load_texts
 
 from hf_alphaedit import AlphaEditConfig, AlphaEditor
 from hf_alphaedit.algorithm.update import LowRankUpdate
@@ -96,7 +95,7 @@ def main(arguments: list[str] | None = None, loaded: Any = None, config: AlphaEd
 
     counts = [*options.edits, 1000] if options.long else options.edits
     requests = [record.request for record in load_records(max(*counts, options.batch))[0]]
-    editor = ready_editor(*(loaded or load_smollm2()), config, options.tokens)
+    editor = ready_editor(*(loaded or load_model()), config, options.tokens)
     measure(editor, requests[:1], 0)  # the first edit samples the contexts and warms up
     at_once = [measure(editor, requests[:count], 0) for count in counts]
     show("Time per edit by the number of edits in one batch", at_once)

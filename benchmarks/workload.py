@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,14 @@ from hf_alphaedit.records import Record, as_record
 
 
 DATA_VARIABLE = "HF_ALPHAEDIT_DATA"
+
+
+def load_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct, by the examples' own loader."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    from smollm2 import load_smollm2
+
+    return load_smollm2()
 
 
 @dataclass(frozen=True)
