@@ -15,7 +15,7 @@ from hf_alphaedit.errors import RequestError
 from hf_alphaedit.evaluation.forward import logits_at
 from hf_alphaedit.evaluation.scoring import score
 from hf_alphaedit.models.encoding import encode_with_spans
-from hf_alphaedit.models.hooks import captured_inputs, inference_state
+from hf_alphaedit.models.hooks import inference_state, on_input
 from hf_alphaedit.models.weights import input_device
 
 
@@ -95,11 +95,10 @@ def make_reference(
     head = model.get_output_embeddings()
     hidden: list[Tensor] = []
 
-    def keep(states: Tensor) -> Tensor:  # (1, t, h); this hook comes first and sees all positions
-        hidden.append(states[0, :-1][::stride].to("cpu", copy=True))
-        return hidden[-1]
+    def keep(states: Tensor) -> None:  # (1, t, h); this hook comes first and sees all positions
+        hidden.append(states.detach()[0, :-1][::stride].to("cpu", copy=True))
 
-    with captured_inputs({"head": head}, keep):
+    with on_input(head, keep):
         losses, _ = held_out_losses(model, windows)
     return Reference(windows, losses, torch.stack(hidden), stride)
 

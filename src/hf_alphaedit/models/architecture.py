@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from accelerate.utils import has_offloaded_params
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -17,7 +16,7 @@ from hf_alphaedit.errors import UnsupportedModelError
 from hf_alphaedit.models.experts import ExpertsSite, is_fused, problem_with
 from hf_alphaedit.models.probe import Additivity, probe_additivity
 from hf_alphaedit.models.quantised import QuantisedSite, is_four_bit
-from hf_alphaedit.models.weights import EditSite
+from hf_alphaedit.models.weights import EditSite, input_device
 
 
 # Leaf names that transformers gives to the second projection of a feed-forward block.
@@ -56,10 +55,7 @@ class Architecture:
     @property
     def input_device(self) -> torch.device:
         """Where token ids go: the device of the embedding's weights when it runs."""
-        embedding = self.model.get_input_embeddings()
-        if has_offloaded_params(embedding):
-            return torch.device(embedding._hf_hook.execution_device)
-        return next(embedding.parameters()).device
+        return input_device(self.model)
 
     def value_module(self, layer: int) -> nn.Module:
         """The module whose output is `layer`'s value: what the down-projection's output is added to.

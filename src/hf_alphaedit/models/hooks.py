@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -120,18 +120,6 @@ def inference_state(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for parameter, required in gradients.items():
             parameter.requires_grad_(required)
-
-
-@contextmanager
-def captured_inputs(
-    modules: Mapping[Any, nn.Module], select: Callable[[Tensor], Tensor]
-) -> Iterator[dict[Any, Tensor]]:
-    """Keep `select(input)` of every module that runs inside the block, under the module's key."""
-    captured: dict[Any, Tensor] = {}
-    with ExitStack() as stack:
-        for key, module in modules.items():
-            stack.enter_context(on_input(module, lambda x, key=key: captured.__setitem__(key, select(x.detach()))))
-        yield captured
 
 
 def products_in(
