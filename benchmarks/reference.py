@@ -108,7 +108,7 @@ def projector(moment: Tensor, threshold: float | None = None, energy_share: floa
     """P (d, d) on the eigen-directions of `moment` with little energy, by SVD in the moment's dtype.
 
     Kept are the eigenvalues below `threshold` (published: 2e-2), or those that together hold at most `energy_share`
-    of the trace, smallest first. Exactly one of the two rules is given.
+    of the energy, smallest first, the largest eigenvalue in every hundred apart. Exactly one rule is given.
     """
     if (threshold is None) == (energy_share is None):
         raise ValueError(f"Give either threshold or energy_share, not {threshold=} and {energy_share=}.")
@@ -116,7 +116,10 @@ def projector(moment: Tensor, threshold: float | None = None, energy_share: floa
     if threshold is not None:
         kept = values < threshold
     else:
-        kept = values.flip(0).cumsum(0).flip(0) <= energy_share * values.sum()
+        massive = len(values) // 100
+        counted = values[massive:]
+        kept = torch.zeros_like(values, dtype=torch.bool)
+        kept[massive:] = counted.flip(0).cumsum(0).flip(0) <= energy_share * counted.sum()
     return directions[:, kept] @ directions[:, kept].T
 
 

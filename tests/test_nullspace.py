@@ -62,6 +62,17 @@ def test_energy_rule_takes_as_many_directions_as_the_share_allows() -> None:
         assert spectrum.eigenvalues[:rank].sum() <= share * total < spectrum.eigenvalues[: rank + 1].sum()
 
 
+def test_energy_rule_does_not_let_massive_activations_open_the_whole_space() -> None:
+    values = torch.arange(1.0, 301.0)
+    shares = (0.05, 0.3, 0.999)
+    plain = [Spectrum.of(torch.diag(values)).null_rank_by_energy(share) for share in shares]
+    values[-3:] *= 1e6  # the strongest one in every hundred
+    massive = [Spectrum.of(torch.diag(values)).null_rank_by_energy(share) for share in shares]
+    assert massive == plain
+    assert massive == sorted(massive)
+    assert massive[-1] < 297
+
+
 def test_energy_rule_does_not_depend_on_the_scale_of_the_keys() -> None:
     matrix = second_moment()
     ranks = {Spectrum.of(matrix * scale).null_rank_by_energy(0.1) for scale in (1e-6, 1.0, 1e6)}

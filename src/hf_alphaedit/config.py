@@ -70,7 +70,10 @@ class AlphaEditConfig:
     # Projection and update
     projection: Projection = setting("hard", "which filter of the key spectrum protects the model's knowledge")
     threshold_rule: ThresholdRule = setting("energy", "how the null space of a hard projection is bounded")
-    energy_share: float = setting(0.30, "share of the key energy that lies in the editable null space (rule 'energy')")
+    energy_share: float = setting(
+        0.30,
+        "share of the key energy, massive activations apart, that the editable null space may hold (rule 'energy')",
+    )
     absolute_threshold: float = setting(2e-2, "largest eigenvalue counted as null space (rule 'absolute')")
     soft_weight: float = setting(100.0, "weight alpha of the second moment in a soft constraint")
     l2: float = setting(1.0, "ridge term lambda of the update")

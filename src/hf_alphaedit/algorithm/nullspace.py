@@ -30,8 +30,14 @@ class Spectrum:
         return cls(eigenvalues.clamp_min_(0), eigenvectors)
 
     def null_rank_by_energy(self, share: float) -> int:
-        """How many of the smallest directions together hold at most `share` of the total energy (the trace)."""
-        cumulative = self.eigenvalues.cumsum(0)  # (d,)
+        """How many of the smallest directions together hold at most `share` of the energy (the sum of eigenvalues).
+
+        The strongest direction in every hundred isn't counted, and never free. In many models a few tokens have
+        massive activations: one direction can hold nearly all energy, and a share of that would leave all others
+        unprotected.
+        """
+        massive = len(self.eigenvalues) // 100
+        cumulative = self.eigenvalues[: len(self.eigenvalues) - massive].cumsum(0)  # (d - massive,)
         return int((cumulative <= share * cumulative[-1]).sum())
 
     def null_rank_by_threshold(self, threshold: float) -> int:
