@@ -15,7 +15,7 @@ from hf_alphaedit.errors import ConfigError
 # One value other than the default for every setting.
 OTHER: dict[str, Any] = {
     "layers": (1, 4, 7), "target_module": "model.layers.{}.mlp.down_proj", "value_steps": 3, "learning_rate": 0.25,
-    "adam_betas": (0.5, 0.75),
+    "adam_betas": (0.5, 0.75), "contexts_in_turn": False,
     "clamp_factor": 2.0, "kl_factor": 0.0, "weight_decay": 0.0, "stop_loss": 0.0, "stop_at_argmax": True,
     "forward_dtype": "bfloat16", "context_templates": ("Yes. {}", "中. {}"), "context_length": 7,
     "context_special_tokens": True, "context_keys": "mean", "projection": "soft_inside_hard",

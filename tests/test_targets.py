@@ -18,7 +18,7 @@ from hf_alphaedit.chunks import CHUNK_COST, chunked, suffix_length
 from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.errors import EditingError
 from hf_alphaedit.models.architecture import Architecture, resolve_architecture
-from hf_alphaedit.models.encoding import EncodedRequest, encode_request
+from hf_alphaedit.models.encoding import EncodedRequest, TokenRow, encode_request
 from hf_alphaedit.models.forward import align_rows
 from hf_alphaedit.models.hooks import GROUPED_ATTENTION, grouped_attention
 from hf_alphaedit.requests import EditRequest
@@ -103,7 +103,7 @@ def test_stored_attention_as_whole_rows(family: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("family", FAMILIES)
 def test_first_look_is_the_plain_models_likelihood(family: str) -> None:
     architecture, requests = architecture_of(family), encoded()
-    found = targets(architecture, requests, value_steps=1)
+    found = targets(architecture, requests, value_steps=1, contexts_in_turn=False)
     assert torch.equal(found.values, found.initial)
     assert found.steps.tolist() == [0] * len(requests)
     for request, likelihood in zip(requests, found.likelihood.tolist(), strict=True):
@@ -113,6 +113,51 @@ def test_first_look_is_the_plain_models_likelihood(family: str) -> None:
                 logits = architecture.model(torch.tensor([row.token_ids])).logits[0, row.first_prediction :]
             losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(request.target)).item())
         assert likelihood == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_search_as_a_plain_loop_over_whole_rows(in_turn: bool) -> None:
+    """One request, every row run whole by the plain model, torch's own Adam; contexts in turn or all at each step."""
+    architecture = architecture_of()
+    (request,) = encoded(REQUESTS[1:2])
+    model, block = architecture.model, architecture.blocks[LAYER]
+    assert len(request.rows) == 3
+
+    def logits_of(row: TokenRow, added: Tensor) -> Tensor:
+        def add(_: Any, __: Any, output: Tensor) -> Tensor:
+            return output.index_put((torch.tensor([0]), torch.tensor([row.subject])), added[None], accumulate=True)
+
+        handle = block.register_forward_hook(add)
+        try:
+            return model(torch.tensor([row.token_ids])).logits[0]
+        finally:
+            handle.remove()
+
+    initial = model(torch.tensor([request.rows[0].token_ids]), output_hidden_states=True).hidden_states[LAYER + 1]
+    norm = initial[0, request.rows[0].subject].norm().item()
+    delta = torch.zeros(architecture.hidden_size, requires_grad=True)
+    optimizer = torch.optim.Adam([delta], lr=CONFIG.learning_rate, betas=CONFIG.adam_betas)
+    reference = logits_of(request.essence, delta)[request.essence.subject].log_softmax(-1).detach()
+    for step in range(CONFIG.value_steps - 1):
+        rows = [request.rows[0], request.rows[1 + step % 2]] if in_turn else request.rows
+        loss = sum(
+            torch.nn.functional.cross_entropy(
+                logits_of(row, delta)[row.first_prediction :], torch.tensor(request.target)
+            )
+            for row in rows
+        ) / len(rows)
+        now = logits_of(request.essence, delta)[request.essence.subject].log_softmax(-1)
+        loss += CONFIG.kl_factor * torch.nn.functional.kl_div(reference, now, reduction="sum", log_target=True)
+        loss += CONFIG.weight_decay * delta.norm() / norm**2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            delta *= min(1.0, CONFIG.clamp_factor * norm / delta.norm().item())
+    found = deltas(targets(architecture, [request], contexts_in_turn=in_turn))[0]
+    assert (found - delta.detach()).norm() < 1e-3 * delta.norm()
+    other = deltas(targets(architecture, [request], contexts_in_turn=not in_turn))[0]
+    assert (other - delta.detach()).norm() > 1e-2 * delta.norm()
 
 
 def test_search_lowers_the_loss() -> None:
@@ -126,7 +171,7 @@ def test_search_lowers_the_loss() -> None:
 def test_chunks_decide_nothing(largest_chunk: int) -> None:
     architecture, requests = architecture_of(), encoded()
     order = sorted(range(len(requests)), key=lambda index: suffix_length(requests[index]))
-    assert len(chunked(order, requests, largest_chunk)) > len(chunked(order, requests, 10**6))
+    assert len(chunked(order, requests, largest_chunk, 4)) > len(chunked(order, requests, 10**6, 4))
     assert_same(targets(architecture, requests, largest_chunk=largest_chunk), targets(architecture, requests))
 
 
@@ -143,7 +188,7 @@ def test_chunks_are_the_cheapest_within_their_size(
         tokens = len(chunk) * 4 * max(suffix_length(requests[index]) for index in chunk)
         return math.inf if tokens > size and len(chunk) > 1 else tokens + chunk_cost
 
-    chunks = chunked(order, requests, size)
+    chunks = chunked(order, requests, size, 4)
     assert [index for chunk in chunks for index in chunk] == order
     every_way = (
         [order[begin:end] for begin, end in pairwise([0, *cuts, len(order)])]

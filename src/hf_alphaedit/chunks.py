@@ -18,8 +18,12 @@ def suffix_length(request: EncodedRequest) -> int:
     return max(len(row.token_ids) - row.subject for row in request.rows)
 
 
-def chunked(order: Sequence[int], requests: Sequence[EncodedRequest], largest_chunk: int) -> list[list[int]]:
+def chunked(
+    order: Sequence[int], requests: Sequence[EncodedRequest], largest_chunk: int, rows_per_step: int
+) -> list[list[int]]:
     """`order` (ascending suffix length) cut into chunks of at most `largest_chunk` tokens, or of one request.
+
+    A request counts with `rows_per_step` rows of its suffix length.
 
     Among all ways to cut it, the one whose tokens, padding included, and chunks, at `CHUNK_COST` each, sum up to the
     least.
@@ -28,7 +32,7 @@ def chunked(order: Sequence[int], requests: Sequence[EncodedRequest], largest_ch
     for end in range(1, len(order) + 1):
         length, rows, candidates = suffix_length(requests[order[end - 1]]), 0, []
         for begin in range(end - 1, -1, -1):
-            rows += len(requests[order[begin]].rows) + 1
+            rows += rows_per_step
             if rows * length > largest_chunk and candidates:
                 break
             candidates.append((cost[begin] + rows * length + CHUNK_COST, begin))

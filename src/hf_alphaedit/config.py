@@ -52,6 +52,9 @@ class AlphaEditConfig:
     weight_decay: float = setting(0.5, "weight of ‖delta‖ / ‖value‖² in the loss")
     stop_loss: float = setting(5e-2, "a request is finished when its loss falls below this")
     stop_at_argmax: bool = setting(False, "a request is also finished once its target is the argmax in every row")
+    contexts_in_turn: bool = setting(
+        True, "each step of the target search sees the bare prompt and one context in turn; published: all contexts"
+    )
     forward_dtype: ForwardDtype = setting(
         "auto",
         "dtype of matrix products in the target search; 'auto' takes bfloat16 where the device is faster with it",
@@ -125,15 +128,16 @@ class AlphaEditConfig:
     def paper(self) -> AlphaEditConfig:
         """The published procedure, step for step, on this config's layers and learning rate.
 
-        25 forward passes, Adam's usual betas, absolute threshold 2e-2, L2 10, hard projection, all rows in the model's
-        dtype, special tokens kept in the sampled contexts, 100 tokens per dimension. Source: the AlphaEdit paper (ICLR
-        2025), sections 3 and 4, and its first code release.
+        25 forward passes of all contexts, Adam's usual betas, absolute threshold 2e-2, L2 10, hard projection, all
+        rows in the model's dtype, special tokens kept in the sampled contexts, 100 tokens per dimension. Source: the
+        AlphaEdit paper (ICLR 2025), sections 3 and 4, and its first code release.
         """
         return self.replace(
             projection="hard", threshold_rule="absolute", absolute_threshold=2e-2, l2=10.0, use_history=True,
             value_steps=25, adam_betas=(0.9, 0.999), clamp_factor=0.75, kl_factor=0.0625, weight_decay=0.5,
-            stop_loss=5e-2, stop_at_argmax=False, forward_dtype="model", context_templates=None, context_length=10,
-            context_special_tokens=True, context_keys="mean", tokens_per_dimension=100,
+            stop_loss=5e-2, stop_at_argmax=False, contexts_in_turn=False, forward_dtype="model",
+            context_templates=None, context_length=10, context_special_tokens=True, context_keys="mean",
+            tokens_per_dimension=100,
             source=f"paper mode of: {self.source}",
         )  # fmt: skip
 

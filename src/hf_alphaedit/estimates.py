@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from hf_alphaedit.chunks import LARGEST_CHUNK
+from hf_alphaedit.chunks import LARGEST_CHUNK, suffix_length
 from hf_alphaedit.models.encoding import EncodedRequest
+from hf_alphaedit.target_rows import rows_per_step
 
 
 if TYPE_CHECKING:
@@ -38,8 +39,9 @@ def editing_seconds(editor: AlphaEditor, encoded: Sequence[EncodedRequest], toke
     tokens = positions = passes = 0
     for request in encoded:
         suffixes = [len(row.token_ids) - row.subject for row in request.rows]
-        tokens += sum(suffixes) + 1
-        positions += len(request.rows) * len(request.target) + 1
+        rows = rows_per_step(request, editor.config)  # '<subject> is a' is one of them
+        tokens += sum(suffixes) / len(suffixes) * (rows - 1) + 1
+        positions += (rows - 1) * len(request.target) + 1
         passes += sum(row.subject + 1 for row in request.rows)
     step = 2 * (above * tokens + head * positions)  # a backward pass without weight gradients costs a forward pass
     walk = passes * parameters_of(blocks[: layers[-1] + 1]) + passes * len(layers) * parameters_of(
@@ -52,10 +54,10 @@ def editing_memory(editor: AlphaEditor, encoded: Sequence[EncodedRequest]) -> in
     """Bytes beyond the loaded model: activations of the largest chunk, filters, second moments and base weights."""
     architecture, sites = editor.architecture, editor.sites()
     inner = max(site.dimension * architecture.probed[site.layer].experts_per_token for site in sites)
-    rows = [row for request in encoded for row in (*request.rows, request.essence)]
-    tokens = min(LARGEST_CHUNK, sum(len(row.token_ids) - row.subject for row in rows))
-    share = tokens / max(1, sum(len(row.token_ids) - row.subject for row in rows))
-    positions = share * sum(len(request.rows) * len(request.target) + 1 for request in encoded)
+    rows = rows_per_step(encoded[0], editor.config)
+    everything = rows * sum(suffix_length(request) for request in encoded)
+    tokens = min(LARGEST_CHUNK, everything)
+    positions = tokens / everything * sum((rows - 1) * len(request.target) + 1 for request in encoded)
     blocks = len(architecture.blocks) - architecture.resume_block(sites[-1].layer)
     per_token = STATES_PER_BLOCK * architecture.hidden_size + INNER_STATES_PER_BLOCK * inner
     vocabulary = editor.model.config.get_text_config(decoder=True).vocab_size

@@ -32,7 +32,7 @@ ENTRIES_KEPT = 256
 # The settings that a target depends on; the others only matter for the solve.
 SEARCH_SETTINGS = (
     "value_steps", "learning_rate", "adam_betas", "clamp_factor", "kl_factor", "weight_decay", "stop_loss",
-    "stop_at_argmax",
+    "stop_at_argmax", "contexts_in_turn",
 )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from accelerate.utils.memory import should_reduce_batch_size
 from huggingface_hub.utils import tqdm
 from torch import Tensor
 
-from hf_alphaedit.algorithm.objective import TargetLoss, target_loss
 from hf_alphaedit.algorithm.optimize import DeltaSearch, search_delta
 from hf_alphaedit.chunks import LARGEST_CHUNK, chunked, suffix_length
 from hf_alphaedit.config import AlphaEditConfig
@@ -23,6 +22,7 @@ from hf_alphaedit.models.hooks import grouped_attention, multiplies_bfloat16, pr
 from hf_alphaedit.models.rows import AlignedRows, prediction_positions
 from hf_alphaedit.processes import Processes
 from hf_alphaedit.sharing import search_shared
+from hf_alphaedit.target_rows import RowLoss, StoredRows, all_rows, rows_per_step
 
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Targets:
         initial: (n, h) the values before the edit, at the subject's last token of the bare prompt.
         steps: (n,) int64, updates made.
         likelihood: (n,) last negative log-likelihood of the target, in nats per token.
-        argmax: (n,) bool, whether the target was the argmax in every row.
+        argmax: (n,) bool, whether the target was the argmax in every row of the last look.
     """
 
     values: Tensor
@@ -90,7 +90,7 @@ def compute_targets(
             return compute_targets(architecture, members, layer, config, largest_chunk=largest_chunk, alone=True)
 
         return search_shared(processes, order, search, result)
-    chunks = chunked(order, requests, largest_chunk)
+    chunks = chunked(order, requests, largest_chunk, rows_per_step(requests[0], config))
     dtype = product_dtype(architecture, config)
     modules = [module for block in architecture.blocks for module in block.modules()]
     products = products_in([*modules, architecture.head], dtype, architecture.feed_forwards())
@@ -101,7 +101,7 @@ def compute_targets(
             members = [requests[index] for index in chunk]
             try:
                 with replaced_forward(products), grouped_attention(architecture.input_device):
-                    rows = _Rows.of(architecture, members, layer, cached)
+                    rows = StoredRows.of(architecture, members, layer, cached)
                     search = _search(architecture, rows, layer, config, bar.update)
             except FloatingPointError as error:
                 raise EditingError(f"{error} (of requests {chunk}); try a lower learning_rate or float32") from error
@@ -115,44 +115,6 @@ def compute_targets(
             result.steps[chunk], result.likelihood[chunk] = search.steps.cpu(), search.likelihood.cpu()
             result.argmax[chunk] = search.argmax.cpu()
     return result
-
-
-@dataclass(eq=False)
-class _Rows:
-    """The rows of some requests, run once and ready to be resumed.
-
-    Attributes:
-        requests: n encoded requests.
-        rows: their rows, request by request: one per context, and '<subject> is a'.
-        row_request: (B,) index of each row's request.
-        aligned: the stored states of the rows.
-        initial: (n, h) float32, the values before the edit, from the bare rows.
-    """
-
-    requests: Sequence[EncodedRequest]
-    rows: list[TokenRow]
-    row_request: Tensor
-    aligned: AlignedRows
-    initial: Tensor
-
-    @classmethod
-    def of(cls, architecture: Architecture, requests: Sequence[EncodedRequest], layer: int, cached: bool) -> _Rows:
-        """Run the rows; `cached` says whether attention states are stored (see `attention_can_be_stored`)."""
-        rows = _rows_of(requests)
-        counts = [len(request.rows) + 1 for request in requests]
-        row_request = torch.arange(len(requests)).repeat_interleave(torch.tensor(counts))
-        bare = torch.tensor([0, *counts[:-1]]).cumsum(0)  # (n,)
-        aligned, values, _ = align_rows(architecture, rows, layer, cached=cached, groups=_groups(requests))
-        return cls(requests, rows, row_request, aligned, values[bare.to(values.device)].float())
-
-
-def _rows_of(requests: Sequence[EncodedRequest]) -> list[TokenRow]:
-    return [row for request in requests for row in (*request.rows, request.essence)]
-
-
-def _groups(requests: Sequence[EncodedRequest]) -> list[int]:
-    """The context of each row: rows of one context begin with the same tokens."""
-    return [index for request in requests for index in range(len(request.rows) + 1)]
 
 
 def attention_can_be_stored(architecture: Architecture, requests: Sequence[EncodedRequest], layer: int) -> bool:
@@ -183,14 +145,18 @@ def attention_can_be_stored(architecture: Architecture, requests: Sequence[Encod
 def _most_different(requests: Sequence[EncodedRequest]) -> tuple[list[TokenRow], list[int]]:
     """Two rows and their groups: those whose subjects end last and first, of one context if there are two requests."""
     if len(requests) == 1:
-        ordered = sorted(_rows_of(requests), key=lambda row: row.subject)
+        ordered = sorted(all_rows(requests), key=lambda row: row.subject)
         return [ordered[-1], ordered[0]], [0, 1]
     ordered = sorted((request.rows[-1] for request in requests), key=lambda row: row.subject)
     return [ordered[-1], ordered[0]], [0, 0]
 
 
 def _search(
-    architecture: Architecture, rows: _Rows, layer: int, config: AlphaEditConfig, on_steps: Callable[[int], object]
+    architecture: Architecture,
+    rows: StoredRows,
+    layer: int,
+    config: AlphaEditConfig,
+    on_steps: Callable[[int], object],
 ) -> DeltaSearch:
     norm = rows.initial.norm(dim=-1)  # (n,)
     counted = [len(rows.requests)]
@@ -201,63 +167,10 @@ def _search(
         counted[0] = active
 
     return search_delta(
-        _Loss(architecture, rows, layer, norm, config), norm, architecture.hidden_size, steps=config.value_steps,
+        RowLoss(architecture, rows, layer, norm, config), norm, architecture.hidden_size, steps=config.value_steps,
         learning_rate=config.learning_rate, betas=config.adam_betas, clamp_factor=config.clamp_factor,
         stop_loss=config.stop_loss, stop_at_argmax=config.stop_at_argmax, on_step=on_step,
     )  # fmt: skip
-
-
-class _Loss:
-    """The loss of some requests as a function of delta; rows of finished requests are dropped as they finish."""
-
-    def __init__(
-        self, architecture: Architecture, rows: _Rows, layer: int, norm: Tensor, config: AlphaEditConfig
-    ) -> None:
-        self.architecture, self.layer, self.norm, self.config = architecture, layer, norm, config
-        self.requests, self.rows, self.row_request = rows.requests, rows.rows, rows.row_request
-        self.aligned = rows.aligned
-        self.reference: Tensor | None = None
-        self._index(torch.arange(len(rows.requests)))
-
-    def _index(self, active: Tensor) -> None:
-        """Positions, labels and weights for the rows that are left; `active` are the requests' original indices."""
-        self.active, device = active, self.norm.device
-        local = {int(original): index for index, original in enumerate(active)}
-        labels, token_request, token_weight, is_essence = [], [], [], []
-        for row, original in zip(self.rows, self.row_request.tolist(), strict=True):
-            request = self.requests[original]
-            essence = row is request.essence
-            count = 1 if essence else len(request.target)
-            labels += [0] if essence else request.target
-            token_request += [local[original]] * count
-            token_weight += [1 / (len(request.rows) * count)] * count
-            is_essence += [essence] * count
-        essence = torch.tensor(is_essence, device=device)
-        # Positions of target tokens first, then one per request: splitting logits costs less than picking from them.
-        tokens = (~essence).nonzero()[:, 0]
-        order = torch.cat([tokens, essence.nonzero()[:, 0]])
-        row_index, columns = prediction_positions(self.rows, self.aligned.subject)
-        self.positions = row_index[order], columns[order]
-        self.labels = torch.tensor(labels, device=device)[tokens]
-        self.token_request = torch.tensor(token_request, device=device)[tokens]
-        self.token_weight = torch.tensor(token_weight, device=device)[tokens]
-        self.local_request = torch.tensor([local[original] for original in self.row_request.tolist()], device=device)
-
-    def __call__(self, delta: Tensor, active: Tensor) -> TargetLoss:
-        if len(active) < len(self.active):
-            kept = torch.isin(self.row_request, active.cpu())
-            self.rows = [row for row, keep in zip(self.rows, kept.tolist(), strict=True) if keep]
-            self.row_request, self.aligned = self.row_request[kept], self.aligned.select(kept.nonzero()[:, 0])
-            self._index(active.cpu())
-        logits = resume_rows(self.architecture, self.aligned, self.layer, delta[self.local_request], self.positions)
-        logits = logits.to(delta.device)  # (p, vocabulary)
-        token_logits, subject_logits = logits.split([len(self.labels), len(active)])
-        if self.reference is None:
-            self.reference = subject_logits.detach().float().log_softmax(-1)
-        return target_loss(
-            token_logits, self.labels, self.token_request, self.token_weight, subject_logits,
-            self.reference[active], delta, self.norm[active], self.config.kl_factor, self.config.weight_decay,
-        )  # fmt: skip
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from hf_alphaedit.models.encoding import EncodedRequest
 from hf_alphaedit.models.hooks import inference_state
 from hf_alphaedit.models.weights import EditSite
 from hf_alphaedit.records import Record, read_records
+from hf_alphaedit.target_cache import SEARCH_SETTINGS
 from hf_alphaedit.targets import Targets, compute_targets
 from hf_alphaedit.tracing import trace
 from hf_alphaedit.tuning_facts import tuning_facts
@@ -43,9 +44,6 @@ LOG_NAME = "trials.jsonl"
 PRESET_NAME = "tuned.json"
 METRICS = ("efficacy", "generalization", "specificity")
 HELD_OUT_TOKENS = 8192
-# Settings that the targets depend on; all others can change without a new search.
-TARGET_SETTINGS = ("value_steps", "learning_rate", "adam_betas", "clamp_factor", "kl_factor", "weight_decay",
-                   "stop_loss", "stop_at_argmax", "forward_dtype")  # fmt: skip
 
 
 def tune(
@@ -222,7 +220,7 @@ class _Bench:
             architecture = self.editor.architecture
             if not architecture.additive and layer != self.editor.sites()[0].layer:
                 return compute_targets(architecture, encoded, layer, config)
-            key = digest([layer, *(getattr(config, name) for name in TARGET_SETTINGS)])
+            key = digest([layer, *(getattr(config, name) for name in (*SEARCH_SETTINGS, "forward_dtype"))])
             if key not in self.targets:
                 self.targets[key] = compute_targets(architecture, encoded, layer, config)
             return self.targets[key]

@@ -1,0 +1,156 @@
+"""The rows of the target search, run once and kept, and the loss of a delta on the rows whose turn it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_alphaedit.algorithm.objective import TargetLoss, target_loss
+from hf_alphaedit.config import AlphaEditConfig
+from hf_alphaedit.models.architecture import Architecture
+from hf_alphaedit.models.encoding import EncodedRequest, TokenRow
+from hf_alphaedit.models.forward import align_rows, resume_rows
+from hf_alphaedit.models.rows import AlignedRows, prediction_positions
+
+
+@dataclass(eq=False)
+class StoredRows:
+    """All rows of some requests, run once and ready to be resumed.
+
+    Attributes:
+        requests: n encoded requests.
+        rows: their rows, request by request: the bare prompt, one per context, and '<subject> is a'.
+        row_request: (B,) index of each row's request.
+        row_place: (B,) index of each row among those of its request.
+        aligned: the stored states of the rows.
+        initial: (n, h) float32, the values before the edit, from the bare rows.
+    """
+
+    requests: Sequence[EncodedRequest]
+    rows: list[TokenRow]
+    row_request: Tensor
+    row_place: Tensor
+    aligned: AlignedRows
+    initial: Tensor
+
+    @classmethod
+    def of(
+        cls, architecture: Architecture, requests: Sequence[EncodedRequest], layer: int, cached: bool
+    ) -> StoredRows:
+        """Run the rows; `cached` says whether attention states are stored (see `attention_can_be_stored`)."""
+        rows = all_rows(requests)
+        counts = torch.tensor([len(request.rows) + 1 for request in requests])
+        row_request = torch.arange(len(requests)).repeat_interleave(counts)
+        bare = counts.cumsum(0) - counts  # (n,)
+        row_place = torch.arange(len(rows)) - bare[row_request]
+        # Rows of one context begin with the same tokens.
+        aligned, values, _ = align_rows(architecture, rows, layer, cached=cached, groups=row_place.tolist())
+        return cls(requests, rows, row_request, row_place, aligned, values[bare.to(values.device)].float())
+
+
+def all_rows(requests: Sequence[EncodedRequest]) -> list[TokenRow]:
+    """Every row of every request, '<subject> is a' last."""
+    return [row for request in requests for row in (*request.rows, request.essence)]
+
+
+def turns_of(contexts: int, in_turn: bool) -> list[list[int]]:
+    """Which rows of a request each step looks at, by their places; the steps go round.
+
+    Args:
+        contexts: rows of a request, the bare prompt's included and '<subject> is a' not.
+        in_turn: one context at a time, beside the bare prompt and '<subject> is a'; otherwise all rows at every step.
+    """
+    essence = contexts
+    if not in_turn or contexts < 3:
+        return [[*range(contexts), essence]]
+    return [[0, context, essence] for context in range(1, contexts)]
+
+
+def rows_per_step(request: EncodedRequest, config: AlphaEditConfig) -> int:
+    """How many rows of a request one step of the search runs."""
+    return len(turns_of(len(request.rows), config.contexts_in_turn)[0])
+
+
+class RowLoss:
+    """The loss of some requests as a function of delta, each time on the rows whose turn it is.
+
+    The mean over all contexts is what is to be minimised. Going through them in turn gives the same targets within
+    what the choice of contexts changes anyway (docs/results.md), for less than half of the work.
+    """
+
+    def __init__(
+        self, architecture: Architecture, rows: StoredRows, layer: int, norm: Tensor, config: AlphaEditConfig
+    ) -> None:
+        """`rows` are those of requests with the same number of contexts; `norm` (n,) is that of their values."""
+        self.architecture, self.layer, self.norm, self.config = architecture, layer, norm, config
+        turns = turns_of(len(rows.requests[0].rows), config.contexts_in_turn)
+        self.turns = [
+            _Turn(rows, torch.isin(rows.row_place, torch.tensor(places)).nonzero()[:, 0]) for places in turns
+        ]
+        self.step = 0
+        self.reference: Tensor | None = None
+
+    def __call__(self, delta: Tensor, active: Tensor) -> TargetLoss:
+        """Loss of the requests `active` (m,) with `delta` (m, h); what is left out once is left out for good."""
+        turn = self.turns[self.step % len(self.turns)]
+        self.step += 1
+        turn.keep(active)
+        logits = resume_rows(
+            self.architecture, turn.aligned, self.layer, delta[turn.local_request], turn.positions
+        ).to(delta.device)  # (p, vocabulary)
+        token_logits, subject_logits = logits.split([len(turn.labels), len(active)])
+        if self.reference is None:  # the first look is at a delta of zero
+            self.reference = subject_logits.detach().float().log_softmax(-1)
+        return target_loss(
+            token_logits, turn.labels, turn.token_request, turn.token_weight, subject_logits,
+            self.reference[active], delta, self.norm[active], self.config.kl_factor, self.config.weight_decay,
+        )  # fmt: skip
+
+
+class _Turn:
+    """The rows of one turn, what they are to predict, and where; rows of finished requests are dropped."""
+
+    def __init__(self, stored: StoredRows, places: Tensor) -> None:
+        """`places` are those of the turn's rows within their request."""
+        members = torch.isin(stored.row_place, places).nonzero()[:, 0]  # (b,)
+        self.requests, self.device = stored.requests, stored.initial.device
+        self.rows = [stored.rows[index] for index in members.tolist()]
+        self.row_request, self.aligned = stored.row_request[members], stored.aligned.select(members)
+        self._index(torch.arange(len(stored.requests)))
+
+    def keep(self, active: Tensor) -> None:
+        """Drop the rows of all requests but `active`."""
+        if len(active) == len(self.active):
+            return
+        kept = torch.isin(self.row_request, active.cpu())
+        self.rows = [row for row, keep in zip(self.rows, kept.tolist(), strict=True) if keep]
+        self.row_request, self.aligned = self.row_request[kept], self.aligned.select(kept.nonzero()[:, 0])
+        self._index(active.cpu())
+
+    def _index(self, active: Tensor) -> None:
+        """Positions, labels and weights for the rows that are left; `active` are the requests' original indices."""
+        self.active, device = active, self.device
+        local = {int(original): index for index, original in enumerate(active)}
+        looks = self.row_request.bincount() - 1  # rows of each request that predict its target
+        labels, token_request, token_weight, is_essence = [], [], [], []
+        for row, original in zip(self.rows, self.row_request.tolist(), strict=True):
+            request = self.requests[original]
+            essence = row is request.essence
+            count = 1 if essence else len(request.target)
+            labels += [0] if essence else request.target
+            token_request += [local[original]] * count
+            token_weight += [1 / (int(looks[original]) * count)] * count
+            is_essence += [essence] * count
+        essence = torch.tensor(is_essence, device=device)
+        # Positions of target tokens first, then one per request: splitting logits costs less than picking from them.
+        tokens = (~essence).nonzero()[:, 0]
+        order = torch.cat([tokens, essence.nonzero()[:, 0]])
+        row_index, columns = prediction_positions(self.rows, self.aligned.subject)
+        self.positions = row_index[order], columns[order]
+        self.labels = torch.tensor(labels, device=device)[tokens]
+        self.token_request = torch.tensor(token_request, device=device)[tokens]
+        self.token_weight = torch.tensor(token_weight, device=device)[tokens]
+        self.local_request = torch.tensor([local[original] for original in self.row_request.tolist()], device=device)
