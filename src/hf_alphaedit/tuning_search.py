@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 # what decides most comes first, and what needs no new target search (l2, energy_share) is cheap.
 LADDERS: dict[str, tuple[float, ...]] = {
     "learning_rate": (0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
-    "clamp_factor": (0.5, 0.75, 1.0, 1.5, 2.5, 4.0),
-    "energy_share": (0.01, 0.03, 0.1, 0.2, 0.3, 0.45, 0.6),
-    "l2": (0.01, 0.1, 1.0, 10.0),
+    "clamp_factor": (0.4, 0.5, 0.6, 0.75, 1.0, 1.5, 2.5, 4.0),
+    "energy_share": (0.03, 0.1, 0.2, 0.3, 0.45, 0.6),
+    "l2": (0.1, 1.0, 3.0, 5.0, 10.0, 20.0),
 }
 
 
