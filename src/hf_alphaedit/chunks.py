@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from hf_alphaedit.models.encoding import EncodedRequest
 
 
-# Tokens that run side by side. On a CPU, products are at full speed from a few hundred on, and larger tensors only
-# cost page faults; the activations of an 8B model for this many still fit beside its weights.
-LARGEST_CHUNK = 1024
+# Tokens that run side by side on a CPU: products are at full speed from a few hundred on, and larger tensors only cost
+# page faults. (Accelerators: `estimates.chunk_tokens`.)
+CPU_CHUNK = 1024
 CHUNK_COST = 64  # in tokens: what a pass takes however little it holds
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+from accelerate.utils import get_max_memory
 from torch import nn
 
-from hf_alphaedit.chunks import LARGEST_CHUNK, suffix_length
+from hf_alphaedit.chunks import CPU_CHUNK, suffix_length
+from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import EncodedRequest
 from hf_alphaedit.target_rows import rows_per_step
 
@@ -19,6 +22,10 @@ if TYPE_CHECKING:
 STATES_PER_BLOCK = 12
 # Tensors as wide as the feed-forward part's inner layer: gate, activation, product.
 INNER_STATES_PER_BLOCK = 3
+# On an accelerator, a chunk of the target search is planned to take this share of what is free; more tokens than the
+# larger of the two numbers bring nothing, and with fewer than the smaller one the products are slow anyway.
+PLANNED_SHARE = 0.5
+CHUNK_RANGE = (128, 16384)
 
 
 def parameters_of(modules: Iterable[nn.Module]) -> int:
@@ -50,18 +57,33 @@ def editing_seconds(editor: AlphaEditor, encoded: Sequence[EncodedRequest], toke
     return (editor.config.value_steps * step + walk) / rate
 
 
+def chunk_tokens(architecture: Architecture, layer: int) -> int:
+    """How many tokens of the target search at `layer` run side by side: a constant on CPUs, else what memory holds."""
+    device = architecture.input_device
+    if device.type == "cpu":
+        return CPU_CHUNK
+    free = get_max_memory()[torch.accelerator.current_device_index() if device.index is None else device.index]
+    smallest, largest = CHUNK_RANGE
+    return max(smallest, min(largest, int(PLANNED_SHARE * free) // _bytes_per_token(architecture, layer)))
+
+
+def _bytes_per_token(architecture: Architecture, layer: int, predictions: float = 1.0) -> int:
+    """Activations of one token of the target search in float32; `predictions` is how often a token predicts one."""
+    inner = max(architecture.site(one).dimension * seen.experts_per_token for one, seen in architecture.probed.items())
+    blocks = len(architecture.blocks) - architecture.resume_block(layer)
+    states = STATES_PER_BLOCK * architecture.hidden_size + INNER_STATES_PER_BLOCK * inner
+    vocabulary = architecture.model.config.get_text_config(decoder=True).vocab_size
+    return int(4 * (blocks * states + 3 * predictions * vocabulary))
+
+
 def editing_memory(editor: AlphaEditor, encoded: Sequence[EncodedRequest]) -> int:
     """Bytes beyond the loaded model: activations of the largest chunk, filters, second moments and base weights."""
     architecture, sites = editor.architecture, editor.sites()
-    inner = max(site.dimension * architecture.probed[site.layer].experts_per_token for site in sites)
-    rows = rows_per_step(encoded[0], editor.config)
+    layer, rows = sites[-1].layer, rows_per_step(encoded[0], editor.config)
     everything = rows * sum(suffix_length(request) for request in encoded)
-    tokens = min(LARGEST_CHUNK, everything)
-    positions = tokens / everything * sum((rows - 1) * len(request.target) + 1 for request in encoded)
-    blocks = len(architecture.blocks) - architecture.resume_block(sites[-1].layer)
-    per_token = STATES_PER_BLOCK * architecture.hidden_size + INNER_STATES_PER_BLOCK * inner
-    vocabulary = editor.model.config.get_text_config(decoder=True).vocab_size
-    activations = 4 * (tokens * blocks * per_token + 3 * positions * vocabulary)
+    predictions = sum((rows - 1) * len(request.target) + 1 for request in encoded) / everything
+    tokens = min(chunk_tokens(architecture, layer), everything)
+    activations = tokens * _bytes_per_token(architecture, layer, predictions)
     filters = sum(4 * 2 * len(site.blocks) * site.dimension**2 for site in sites)
     weights = sum(4 * 2 * site.shape[0] * site.shape[1] for site in sites)
     return int(activations + filters + weights)

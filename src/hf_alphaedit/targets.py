@@ -12,9 +12,10 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor
 
 from hf_alphaedit.algorithm.optimize import DeltaSearch, search_delta
-from hf_alphaedit.chunks import LARGEST_CHUNK, chunked, suffix_length
+from hf_alphaedit.chunks import chunked, suffix_length
 from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.errors import EditingError, UnsupportedModelError
+from hf_alphaedit.estimates import chunk_tokens
 from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import EncodedRequest, TokenRow
 from hf_alphaedit.models.forward import align_rows, resume_rows
@@ -55,7 +56,7 @@ def compute_targets(
     layer: int,
     config: AlphaEditConfig,
     *,
-    largest_chunk: int = LARGEST_CHUNK,
+    largest_chunk: int | None = None,
     alone: bool = False,
 ) -> Targets:
     """Search the value at `layer` that makes the model say each target (paper, equation 3).
@@ -69,7 +70,7 @@ def compute_targets(
         requests: n encoded requests.
         layer: whose value is searched for.
         config: the settings.
-        largest_chunk: tokens that run side by side.
+        largest_chunk: tokens that run side by side; None lets the device's memory decide.
         alone: search for all of them in this process, also where several were launched and would share them out.
 
     Raises:
@@ -90,7 +91,9 @@ def compute_targets(
             return compute_targets(architecture, members, layer, config, largest_chunk=largest_chunk, alone=True)
 
         return search_shared(processes, order, search, result)
-    chunks = chunked(order, requests, largest_chunk, rows_per_step(requests[0], config))
+    chunks = chunked(
+        order, requests, largest_chunk or chunk_tokens(architecture, layer), rows_per_step(requests[0], config)
+    )
     dtype = product_dtype(architecture, config)
     modules = [module for block in architecture.blocks for module in block.modules()]
     products = products_in([*modules, architecture.head], dtype, architecture.feed_forwards())
