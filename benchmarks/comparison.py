@@ -228,7 +228,8 @@ class Comparison:
         contexts = editor.config.context_templates or ()
         encoded = [encode_request(self.tokenizer, request, contexts) for request in self.requests]
         updates = [outcome.steps for outcome in report.outcomes]
-        operations = target_operations(editor.architecture, encoded, self.layers[-1], updates)
+        in_turn = editor.config.contexts_in_turn
+        operations = target_operations(editor.architecture, encoded, self.layers[-1], updates, in_turn)
         achieved = operations.total / report.seconds["targets"]
         return {
             "dtype": str(dtype).removeprefix("torch."), "rate": rate, "achieved": achieved, "share": achieved / rate,

@@ -148,7 +148,9 @@ def main(arguments: list[str] | None = None) -> int:
             report = editor.apply_edits(batch)
         encoded = [encode_request(tokenizer, request, CONTEXTS) for request in batch]
         updates = [outcome.steps for outcome in report.outcomes]
-        operations = target_operations(editor.architecture, encoded, config.layers[-1], updates)
+        operations = target_operations(
+            editor.architecture, encoded, config.layers[-1], updates, config.contexts_in_turn
+        )
         rates.append(operations.total / report.seconds["targets"])
         whole = watch.seconds[f"batch {number + 1}"]
         found.append({"edits": len(batch), "seconds": whole, "edits_per_second": len(batch) / whole,

@@ -11,6 +11,8 @@ A multiply-add is two operations. Counted is what the mathematics needs, whateve
 - per update, the backward pass through the same, with respect to activations alone: as much again for the weights and
   the head, and attention's four products (two of them, for keys and values, from the suffix alone).
 
+With contexts in turn, a pass counts with the rows that are looked at in it.
+
 Not counted: padding, norms, softmax, rotary embeddings, the optimiser, conversions between dtypes, passes that check
 something, and steps of requests that had already finished.
 """
@@ -23,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import EncodedRequest
+from hf_alphaedit.target_rows import turns_of
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,16 @@ class Operations:
 
 
 def target_operations(
-    architecture: Architecture, requests: Sequence[EncodedRequest], layer: int, updates: Sequence[int]
+    architecture: Architecture,
+    requests: Sequence[EncodedRequest],
+    layer: int,
+    updates: Sequence[int],
+    in_turn: bool = False,
 ) -> Operations:
-    """Useful operations of the search at `layer`; request i makes `updates[i]` updates and one forward pass more."""
+    """Useful operations of the search at `layer`; request i makes `updates[i]` updates and one forward pass more.
+
+    `in_turn` is the setting `contexts_in_turn`.
+    """
     weights = [matrix_weights(block) for block in architecture.blocks]
     below, above = sum(weights[: layer + 1]), sum(weights[layer + 1 :])
     depth_above = len(weights) - layer - 1
@@ -50,8 +60,10 @@ def target_operations(
     width = attention_width(architecture)
     once = blocks = attention = heads = 0
     for request, count in zip(requests, updates, strict=True):
-        forwards, backwards = count + 1, count
-        for row in (*request.rows, request.essence):
+        turns = turns_of(len(request.rows), in_turn)
+        for place, row in enumerate((*request.rows, request.essence)):
+            looked_at = [place in turns[step % len(turns)] for step in range(count + 1)]
+            forwards, backwards = sum(looked_at), sum(looked_at[:-1])
             length = len(row.token_ids)
             prefix, suffix = row.subject, length - row.subject
             positions = 1 if row is request.essence else len(request.target)

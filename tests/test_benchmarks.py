@@ -187,6 +187,19 @@ def test_operations_of_a_prefix_count_once() -> None:
     assert longer.head == 21 * once.head
 
 
+def test_operations_of_contexts_in_turn_are_those_of_the_rows_looked_at() -> None:
+    architecture = resolve_architecture(tiny_model("llama"))
+    row, essence = TokenRow((5, 6, 7), 1, 2), TokenRow((5, 6), 1, 1)
+
+    def blocks(contexts: int, updates: int, in_turn: bool) -> int:
+        request = EncodedRequest((row,) * contexts, essence, (1,))
+        return target_operations(architecture, [request], 1, [updates], in_turn).blocks
+
+    assert blocks(5, 10, in_turn=True) == blocks(2, 10, in_turn=False)  # each step sees the bare row and one more
+    assert blocks(2, 10, in_turn=True) == blocks(2, 10, in_turn=False)
+    assert blocks(5, 10, in_turn=True) < blocks(5, 10, in_turn=False)
+
+
 def test_the_rate_counts_two_operations_for_each_multiplication() -> None:
     assert measuring.matrix_rate(torch.float32, size=64, repeats=1) > 0
     environment = measuring.environment()
