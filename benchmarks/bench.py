@@ -24,8 +24,11 @@ from measuring import environment
 from results import OUTPUT, Goal, plot_phases, save, show_goals, show_table
 from workload import load_model, load_workload
 
+from hf_alphaedit.presets import config_for
+
 
 AGREEMENT = {"moments (float32)": 1e-6, "moments (bfloat16 products)": 1e-3, "targets": 1e-4, "null ranks": 1e-3}
+LAYERS = (5, 6, 7, 8, 9)
 FASTER = {"statistics": 5, "apply (paper)": 6, "apply (recommended)": 15}
 
 
@@ -33,6 +36,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--reference-requests", type=int, help="targets that the reference searches (default: all)")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", help="to edit (default: 5 to 9, five as in most published settings)"
+    )
     parser.add_argument("--tokens", type=int, default=16384, help="corpus tokens for the second moments")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
@@ -118,10 +124,12 @@ def main(arguments: list[str] | None = None, loaded: Any = None, **settings: Any
     before = environment()
     model, tokenizer = loaded or load_model()
     sequence_length = min(512, model.config.max_position_embeddings)
+    layers = options.layers or (None if "config" in settings else LAYERS)
+    config = config_for(model, settings.pop("config", None))
     workload = load_workload(model, tokenizer, options.requests, options.tokens, sequence_length)
     comparison = Comparison(
-        model, tokenizer, workload, phases=options.phases, modes=options.mode, searched=options.reference_requests,
-        metrics=not options.no_metrics, **settings,
+        model, tokenizer, workload, config.replace(layers=layers) if layers else config, phases=options.phases,
+        modes=options.mode, searched=options.reference_requests, metrics=not options.no_metrics, **settings,
     )  # fmt: skip
     comparison.run()
     show(comparison)
