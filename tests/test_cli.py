@@ -180,6 +180,10 @@ def test_trace_suggests_layers(tmp_path: Path):
     report = json.loads(run(*arguments, "--limit", 2, "--plot", tmp_path / "trace.png", "--json").stdout)
     assert (report["known"], report["given"]) == (2, 2)
     assert (tmp_path / "trace.png").stat().st_size > 1000
+    somewhere = json.loads(run(*arguments, "--limit", 2, "--place", "subject, last", "--json").stdout)
+    assert somewhere["settings"]["traced"] == ["subject, last"]
+    assert somewhere["suggested_layers"] == report["suggested_layers"]
+    assert "nowhere" in run(*arguments, "--place", "nowhere", code=2).stderr
     (tmp_path / "facts.json").write_text(json.dumps({**KNOWN_FACTS[0], "attribute": "zebra"}), encoding="utf-8")
     assert "knows none of the 1 facts" in run(*arguments, code=1).stderr
 

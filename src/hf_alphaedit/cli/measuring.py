@@ -88,6 +88,10 @@ def trace(
     ],
     *,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many facts.")] = None,
+    place: Annotated[
+        list[str] | None,
+        typer.Option(help="Trace only here; 'subject, last' is enough to choose layers, and much faster. Repeatable."),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Noise draws for each fact.")] = 3,
     length: Annotated[int, typer.Option(min=1, help="Number of layers to suggest.")] = 5,
     plot: Annotated[Path | None, typer.Option(help="Draw the heat map into this image file.")] = None,
@@ -96,9 +100,12 @@ def trace(
 ) -> None:
     """Find the layers that recall facts, by causal tracing. Facts that the model doesn't know are left out."""
     from hf_alphaedit.record_files import read_file
+    from hf_alphaedit.trace_report import PLACES
 
+    if unknown := sorted(set(place or ()) - set(PLACES)):
+        raise typer.BadParameter(f"unknown places {unknown}; there are {list(PLACES)}", param_hint="--place")
     items = [item for _, item in read_file(facts)][:limit]
-    report = load().trace(items, samples=samples, layers_to_suggest=length, seed=seed)
+    report = load().trace(items, places=place or PLACES, samples=samples, layers_to_suggest=length, seed=seed)
     if plot is not None:
         report.plot(plot)
     show(report, json)
