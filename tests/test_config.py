@@ -20,8 +20,8 @@ OTHER: dict[str, Any] = {
     "forward_dtype": "bfloat16", "context_templates": ("Yes. {}", "中. {}"), "context_length": 7,
     "context_special_tokens": True, "context_keys": "mean", "projection": "soft_inside_hard",
     "threshold_rule": "absolute", "energy_share": 0.9, "absolute_threshold": 1e-3, "soft_weight": 15000.0,
-    "l2": 10.0, "use_history": False, "tokens_per_dimension": 3, "sequence_length": 64, "cache_targets": False,
-    "corpus": "3 texts", "corpus_tokens": 99, "source": "a test",
+    "l2": 10.0, "use_history": False, "history_weight": 10.0, "tokens_per_dimension": 3, "sequence_length": 64,
+    "cache_targets": False, "corpus": "3 texts", "corpus_tokens": 99, "source": "a test",
 }  # fmt: skip
 
 

@@ -173,8 +173,9 @@ def test_hard_filter_gives_the_published_update(null_rank: int) -> None:
 
 @pytest.mark.parametrize(("new", "past"), [(2, 3), (3, 40)])  # dual, primal
 @pytest.mark.parametrize("weights", [None, (0.5, 0.3, 0.2)], ids=["equal", "weighted"])
+@pytest.mark.parametrize("past_weight", [1.0, 10.0])
 def test_keys_in_several_contexts_are_a_weighted_least_squares_problem(
-    new: int, past: int, weights: tuple[float, ...] | None
+    new: int, past: int, weights: tuple[float, ...] | None, past_weight: float
 ) -> None:
     keys, earlier, residual = (
         random(new, 3, DIMENSION, seed=7),
@@ -182,17 +183,17 @@ def test_keys_in_several_contexts_are_a_weighted_least_squares_problem(
         random(new, 4, seed=3),
     )
     shares = torch.tensor(weights or (1 / 3,) * 3, dtype=torch.float64)
-    # min over Δ in the null space of Σ wᵢ ‖Δ kᵢ - r‖² + Σ ‖Δ k_past‖² + λ ‖Δ‖²: one row of equations per key
+    # min over Δ in the null space of Σ wᵢ ‖Δ kᵢ - r‖² + β Σ ‖Δ k_past‖² + λ ‖Δ‖²: one equation per key
     left, _, _ = torch.linalg.svd(second_moment())
     null = left[:, DIMENSION - NULL_RANK :]
     roots = shares.sqrt().repeat(new)[:, None]
-    equations = torch.cat([roots * keys.flatten(0, 1), earlier]) @ null
+    equations = torch.cat([roots * keys.flatten(0, 1), past_weight**0.5 * earlier]) @ null
     equations = torch.cat([equations, L2**0.5 * torch.eye(NULL_RANK, dtype=torch.float64)])
     wanted = torch.zeros(len(equations), 4, dtype=torch.float64)
     wanted[: 3 * new] = roots * residual.repeat_interleave(3, 0)
     expected = (null @ torch.linalg.lstsq(equations, wanted).solution).T  # (h, d)
     root = projecting(projector())
-    update = solve_update(root(keys), root(earlier), residual, root, None if weights is None else shares)
+    update = solve_update(root(keys), root(earlier), residual, root, None if weights is None else shares, past_weight)
     assert update.inputs.shape == (new, DIMENSION)
     assert relative(update.dense(), expected) < EXACT
 

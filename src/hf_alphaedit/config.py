@@ -81,6 +81,9 @@ class AlphaEditConfig:
     soft_weight: float = setting(100.0, "weight alpha of the second moment in a soft constraint")
     l2: float = setting(1.0, "ridge term lambda of the update")
     use_history: bool = setting(True, "protect the keys of earlier batches")
+    history_weight: float = setting(
+        1.0, "how much a change at an earlier key counts beside one at a new key; raise it with l2, which weakens both"
+    )
 
     # Second moments
     tokens_per_dimension: int = setting(10, "corpus tokens for each dimension of the key")
@@ -105,7 +108,7 @@ class AlphaEditConfig:
                  self.target_module, "a path with exactly one {} for the layer")  # fmt: skip
         for name in ("value_steps", "context_length", "tokens_per_dimension", "sequence_length"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("learning_rate", "clamp_factor", "l2", "soft_weight", "absolute_threshold"):
+        for name in ("learning_rate", "clamp_factor", "l2", "history_weight", "soft_weight", "absolute_threshold"):
             _require(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "positive and finite")
         for name in ("kl_factor", "weight_decay", "stop_loss"):
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "zero or more, and finite")
@@ -134,11 +137,10 @@ class AlphaEditConfig:
         """
         return self.replace(
             projection="hard", threshold_rule="absolute", absolute_threshold=2e-2, l2=10.0, use_history=True,
-            value_steps=25, adam_betas=(0.9, 0.999), clamp_factor=0.75, kl_factor=0.0625, weight_decay=0.5,
-            stop_loss=5e-2, stop_at_argmax=False, contexts_in_turn=False, forward_dtype="model",
+            history_weight=1.0, value_steps=25, adam_betas=(0.9, 0.999), clamp_factor=0.75, kl_factor=0.0625,
+            weight_decay=0.5, stop_loss=5e-2, stop_at_argmax=False, contexts_in_turn=False, forward_dtype="model",
             context_templates=None, context_length=10, context_special_tokens=True, context_keys="mean",
-            tokens_per_dimension=100,
-            source=f"paper mode of: {self.source}",
+            tokens_per_dimension=100, source=f"paper mode of: {self.source}",
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

@@ -120,7 +120,9 @@ def edit_batch(
                 past = None if past is None else past.to(keys.device)
                 columns = spectral_filter.root(in_contexts) if config.context_keys == "separate" else filtered
                 weights = context_weights(in_contexts.shape[1]) if config.context_keys == "separate" else None
-                update = solve_update(columns, past, residual.to(keys.device), spectral_filter.root, weights)
+                update = solve_update(
+                    columns, past, residual.to(keys.device), spectral_filter.root, weights, config.history_weight
+                )
                 _require_finite(update.inputs, f"update of {site.name}", requests)
                 energy = filtered.square().sum(-1) * config.l2 / keys.square().sum(-1)  # (n,)
             keys_of[site.name], kept_energy[site.name] = filtered.cpu(), energy.cpu()

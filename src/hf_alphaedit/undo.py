@@ -115,7 +115,10 @@ def solved_again(batch: Batch, past_keys: Mapping[str, list[Tensor]], roots: Map
     updates = {}
     for site, update in batch.updates.items():
         past = past_keys.get(site) if batch.settings.get("use_history", True) else None
-        updates[site] = solve_update(batch.keys[site], torch.cat(past) if past else None, update.outputs, roots[site])
+        updates[site] = solve_update(
+            batch.keys[site], torch.cat(past) if past else None, update.outputs, roots[site],
+            past_weight=batch.settings.get("history_weight", 1.0),
+        )  # fmt: skip
     return replace(batch, updates=updates)
 
 

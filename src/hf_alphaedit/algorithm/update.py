@@ -39,6 +39,7 @@ def solve_update(
     residual: Tensor,
     root: Callable[[Tensor], Tensor],
     weights: Tensor | None = None,
+    past_weight: float = 1.0,
 ) -> LowRankUpdate:
     """Solve for the update that adds `residual` at the new keys and nothing at the past ones.
 
@@ -51,6 +52,8 @@ def solve_update(
         residual: (n, h) what the weight's output still lacks at each key.
         root: the function k -> F^½ k on rows, `SpectralFilter.root`.
         weights: (c,) weights of the contexts, with sum 1; None for equal ones.
+        past_weight: how much a change at a past key counts beside one at a new key; published: 1. A ridge λ weakens
+            the protection of past keys along with the edit itself, so a large λ wants more than 1.
 
     Returns:
         The factors of Δ in the wider of float32 and the new keys' dtype; the system itself is solved in float64 with
@@ -62,7 +65,7 @@ def solve_update(
     roots = new_keys.new_full((contexts,), 1 / contexts) if weights is None else weights
     roots = roots.to(new_keys).sqrt()  # (c,)
     columns = (new_keys * roots[:, None]).flatten(0, 1)  # (n c, d)
-    keys = columns if past_keys is None else torch.cat([past_keys.double(), columns])  # (m, d)
+    keys = columns if past_keys is None else torch.cat([past_weight**0.5 * past_keys.double(), columns])  # (m, d)
     count = len(keys)
     if count <= dimension:  # dual: m x m
         system = keys @ keys.T  # (m, m)
