@@ -317,3 +317,16 @@ def test_settings_survive_undoing_everything(tmp_path: Path) -> None:
     editor.undo_all()
     editor.save_pretrained(tmp_path)
     assert AlphaEditor.from_pretrained(tmp_path).config.l2 == 0.02
+
+
+def test_a_heavier_history_moves_earlier_keys_less() -> None:
+    moved = []
+    for weight in (1.0, 100.0):
+        editor = tiny_editor(history_weight=weight, l2=1.0)
+        editor.apply_edits(REQUESTS[:1])
+        editor.apply_edits(REQUESTS[1:])
+        earlier, later = editor.history.batches
+        site = editor.sites()[0].name
+        update = later.updates[site]
+        moved.append((earlier.keys[site] @ update.inputs.T @ update.outputs).norm())  # Δ k / √λ: inputs lie in P
+    assert moved[1] < 0.1 * moved[0]
