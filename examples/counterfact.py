@@ -30,14 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.paper:
         editor.reconfigure(editor.config.paper())
     data = load_data(options, editor)
-    before = evaluate(editor.model, editor.tokenizer, data.records, held_out=data.held_out, seed=options.seed)
+    before = evaluate(
+        editor.model, editor.tokenizer, data.records, held_out=data.held_out, lambada=data.lambada, seed=options.seed
+    )
     editor.prepare(data.corpus)
     start = time.perf_counter()
     edits = editor.apply_edits(data.records, batch_size=options.batch_size, seed=options.seed)
     seconds = time.perf_counter() - start
     after = evaluate(
-        editor.model, editor.tokenizer, data.records, held_out=data.held_out, before=before, seed=options.seed
-    )
+        editor.model, editor.tokenizer, data.records, held_out=data.held_out, lambada=data.lambada, before=before,
+        seed=options.seed,
+    )  # fmt: skip
 
     mode = "paper" if options.paper else "recommended"
     table = Table(title=f"{len(data.records)} facts of {data.source}, {options.model}, {mode} mode, {seconds:.0f} s")

@@ -29,12 +29,14 @@ class ExampleData:
         source: where the facts come from.
         corpus: for the second moments, as `AlphaEditor.prepare` takes it.
         held_out: the unedited model on held-out text; None if there is none.
+        lambada: passages whose last word is to be said; None if there are none.
     """
 
     records: list[Record]
     source: str
     corpus: str | Path | None
     held_out: Reference | None
+    lambada: list[str] | None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         default=os.environ.get(DATA_VARIABLE),
-        help=f"a file of records, or a folder with counterfact.json, wikipedia.jsonl (second moments) and "
-        f"wikitext2_test.txt (perplexity); default ${DATA_VARIABLE}, else 48 facts of the library's own",
+        help="a file of records, or a folder with counterfact.json, wikipedia.jsonl (second moments), "
+        f"wikitext2_test.txt (perplexity), lambada.jsonl; default ${DATA_VARIABLE}, else 48 facts of the library",
     )
     parser.add_argument("--corpus", help="text for the second moments: a file, a data set of the Hub, or 'self'")
     parser.add_argument("--texts", type=Path, help="held-out text for the perplexity, a .txt file")
@@ -89,7 +91,11 @@ def load_data(arguments: argparse.Namespace, editor: AlphaEditor) -> ExampleData
     held_out = None
     if texts is not None:
         held_out = make_reference(editor.model, editor.tokenizer, [texts.read_text("utf-8")])
-    return ExampleData(records, source, corpus, held_out)
+    passages = _inside(folder, "lambada.jsonl")
+    lambada = None
+    if passages is not None:
+        lambada = [json.loads(line)["text"] for line in passages.read_text("utf-8").splitlines()]
+    return ExampleData(records, source, corpus, held_out, lambada)
 
 
 def write_figures(path: Path | None, figures: dict[str, Any]) -> None:
