@@ -29,7 +29,7 @@ def main(checkpoint: Path, moments: Path, output: Path, failing_rank: int) -> No
     editor.second_moment_directory = moments
     editor.prepare(training_text(), num_tokens=640)
     processes = Processes.current()
-    assert processes.count == int(os.environ.get("WORLD_SIZE", "1"))
+    assert processes.count == int(os.environ.get("EXPECTED_PROCESSES", "1"))
     if processes.count > 1 and processes.rank == failing_rank:
         model.model.layers[3].register_forward_pre_hook(fail)
     editor.apply_edits(REQUESTS)
