@@ -27,8 +27,8 @@ def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
     # `--multi_gpu` with ACCELERATE_USE_CPU, since `--cpu` alone starts a single process unless MPI is there.
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(SCRIPT),
-        *map(str, arguments),
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        str(SCRIPT), *map(str, arguments),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "EXPECTED_PROCESSES": "2"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
