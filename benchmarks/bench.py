@@ -24,6 +24,7 @@ from measuring import environment
 from results import OUTPUT, Goal, plot_phases, save, show_goals, show_table
 from workload import load_model, load_workload
 
+from hf_alphaedit import AlphaEditConfig
 from hf_alphaedit.presets import config_for
 
 
@@ -116,7 +117,7 @@ def show(comparison: Comparison) -> None:
         print(f"deltas in paper mode: relative difference {comparison.agreement['deltas']:.1e}\n")
 
 
-def main(arguments: list[str] | None = None, loaded: Any = None, **settings: Any) -> int:
+def main(arguments: list[str] | None = None, loaded: Any = None, config: AlphaEditConfig | None = None) -> int:
     """Run, print, store; 1 if the two sides disagree. `loaded` is (model, tokenizer), SmolLM2 if not given."""
     options = parse(arguments)
     disable_progress_bars("hf_alphaedit")
@@ -124,12 +125,13 @@ def main(arguments: list[str] | None = None, loaded: Any = None, **settings: Any
     before = environment()
     model, tokenizer = loaded or load_model()
     sequence_length = min(512, model.config.max_position_embeddings)
-    layers = options.layers or (None if "config" in settings else LAYERS)
-    config = config_for(model, settings.pop("config", None))
+    layers = options.layers or (LAYERS if config is None else None)
+    config = config_for(model, config)
+    config = config.replace(layers=layers) if layers else config
     workload = load_workload(model, tokenizer, options.requests, options.tokens, sequence_length)
     comparison = Comparison(
-        model, tokenizer, workload, config.replace(layers=layers) if layers else config, phases=options.phases,
-        modes=options.mode, searched=options.reference_requests, metrics=not options.no_metrics, **settings,
+        model, tokenizer, workload, config, phases=options.phases, modes=options.mode,
+        searched=options.reference_requests, metrics=not options.no_metrics,
     )  # fmt: skip
     comparison.run()
     show(comparison)

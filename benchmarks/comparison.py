@@ -20,7 +20,6 @@ from hf_alphaedit.contexts import sample_contexts
 from hf_alphaedit.evaluation.protocol import evaluate
 from hf_alphaedit.filters import build_filters
 from hf_alphaedit.models.encoding import encode_request
-from hf_alphaedit.presets import config_for
 from hf_alphaedit.statistics import SecondMoments, collect_second_moments
 from hf_alphaedit.targets import product_dtype
 
@@ -44,7 +43,7 @@ class Comparison:
     """Both sides on one model, which is as before after each of them.
 
     Attributes:
-        config: the library's settings; None finds the preset. `paper` mode is made of it.
+        config: the library's settings, layers included. `paper` mode is made of it.
         searched: targets that the reference searches; None is all.
         metrics: whether the edited models are evaluated.
         library, reference: time and memory of each phase; edits have the mode in their name.
@@ -57,7 +56,7 @@ class Comparison:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     workload: Workload
-    config: AlphaEditConfig | None = None
+    config: AlphaEditConfig
     phases: Sequence[str] = PHASES
     modes: Sequence[str] = MODES
     searched: int | None = None
@@ -72,8 +71,8 @@ class Comparison:
     def run(self) -> None:
         """Run the phases and modes asked for."""
         tokens = self.workload.blocks.numel()
-        config = config_for(self.model.eval(), self.config)
-        config = config.replace(sequence_length=self.workload.blocks.shape[1], cache_targets=False)
+        self.model.eval()
+        config = self.config.replace(sequence_length=self.workload.blocks.shape[1], cache_targets=False)
         self.layers, self.requests = config.layers or (), [record.request for record in self.workload.records]
         self.notes.append(
             f"{len(self.requests)} requests, {tokens} tokens, layers {list(self.layers)}, {self.workload.source}"

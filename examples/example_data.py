@@ -12,6 +12,7 @@ from gemma3 import gemma3_checkpoint
 from smollm2 import smollm2_checkpoint
 
 from hf_alphaedit import AlphaEditor, Record, read_records
+from hf_alphaedit.corpus import texts_of
 from hf_alphaedit.evaluation import Reference, make_reference
 from hf_alphaedit.tuning_facts import tuning_facts
 
@@ -92,9 +93,7 @@ def load_data(arguments: argparse.Namespace, editor: AlphaEditor) -> ExampleData
     if texts is not None:
         held_out = make_reference(editor.model, editor.tokenizer, [texts.read_text("utf-8")])
     passages = _inside(folder, "lambada.jsonl")
-    lambada = None
-    if passages is not None:
-        lambada = [json.loads(line)["text"] for line in passages.read_text("utf-8").splitlines()]
+    lambada = None if passages is None else list(texts_of(passages)[0])
     return ExampleData(records, source, corpus, held_out, lambada)
 
 

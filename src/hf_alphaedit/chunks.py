@@ -10,6 +10,8 @@ from hf_alphaedit.models.encoding import EncodedRequest
 # Tokens that run side by side on a CPU: products are at full speed from a few hundred on, and larger tensors only cost
 # page faults. (Accelerators: `estimates.chunk_tokens`.)
 CPU_CHUNK = 1024
+# Tokens of a pass without gradients, on any device.
+WALK_CHUNK = 4096
 CHUNK_COST = 64  # in tokens: what a pass takes however little it holds
 
 
@@ -30,12 +32,12 @@ def chunked(
     """
     cost, start = [0], [0]  # of the best way to cut the first i requests, and where its last chunk begins
     for end in range(1, len(order) + 1):
-        length, rows, candidates = suffix_length(requests[order[end - 1]]), 0, []
+        tokens_each, candidates = rows_per_step * suffix_length(requests[order[end - 1]]), []
         for begin in range(end - 1, -1, -1):
-            rows += rows_per_step
-            if rows * length > largest_chunk and candidates:
+            tokens = (end - begin) * tokens_each
+            if tokens > largest_chunk and candidates:
                 break
-            candidates.append((cost[begin] + rows * length + CHUNK_COST, begin))
+            candidates.append((cost[begin] + tokens + CHUNK_COST, begin))
         least, begin = min(candidates)
         cost.append(least), start.append(begin)
     chunks: list[list[int]] = []

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_alphaedit.algorithm.nullspace import BlockFilter, KeyFilter
 from hf_alphaedit.algorithm.update import LowRankUpdate, solve_update, spread_residual
 from hf_alphaedit.batches import Batch
-from hf_alphaedit.chunks import CPU_CHUNK
+from hf_alphaedit.chunks import WALK_CHUNK
 from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.errors import EditingError
 from hf_alphaedit.history import History
@@ -182,7 +182,7 @@ class BatchWalk:
 
 def _walks(architecture: Architecture, rows: Sequence[TokenRow], last_layer: int | None) -> list[KeyWalk]:
     """The rows in chunks that are bounded by tokens; each keeps its own stored hidden states."""
-    size = max(1, 4 * CPU_CHUNK // max((row.subject + 1 for row in rows), default=1))
+    size = max(1, WALK_CHUNK // max((row.subject + 1 for row in rows), default=1))
     return [KeyWalk(architecture, rows[start : start + size], last_layer) for start in range(0, len(rows), size)]
 
 

@@ -118,7 +118,9 @@ class _Turn:
         members = torch.isin(stored.row_place, places).nonzero()[:, 0]  # (b,)
         self.requests, self.device = stored.requests, stored.initial.device
         self.rows = [stored.rows[index] for index in members.tolist()]
-        self.row_request, self.aligned = stored.row_request[members], stored.aligned.select(members)
+        self.row_request = stored.row_request[members]
+        # A turn of all rows shares the stored states instead of copying them.
+        self.aligned = stored.aligned if len(members) == len(stored.rows) else stored.aligned.select(members)
         self._index(torch.arange(len(stored.requests)))
 
     def keep(self, active: Tensor) -> None:
