@@ -225,7 +225,10 @@ class Comparison:
 
     def _share(self, editor: AlphaEditor, report: EditReport, dtype: torch.dtype, rate: float) -> dict[str, Any]:
         contexts = editor.config.context_templates or ()
-        encoded = [encode_request(self.tokenizer, request, contexts) for request in self.requests]
+        encoded = [
+            encode_request(self.tokenizer, request, contexts, editor.config.context_asides)
+            for request in self.requests
+        ]
         updates = [outcome.steps for outcome in report.outcomes]
         in_turn = editor.config.contexts_in_turn
         operations = target_operations(editor.architecture, encoded, self.layers[-1], updates, in_turn)

@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
         batch = requests[number * options.batch : (number + 1) * options.batch]
         with watch.measuring(f"batch {number + 1}"):
             report = editor.apply_edits(batch)
-        encoded = [encode_request(tokenizer, request, CONTEXTS) for request in batch]
+        encoded = [encode_request(tokenizer, request, CONTEXTS, config.context_asides) for request in batch]
         updates = [outcome.steps for outcome in report.outcomes]
         operations = target_operations(
             editor.architecture, encoded, config.layers[-1], updates, config.contexts_in_turn

@@ -84,22 +84,29 @@ def edit(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keys_and_values_are_those_of_plain_passes(family: str) -> None:
     architecture, requests = resolve_architecture(tiny_model(family)), encoded()
-    walk = BatchWalk(architecture, requests, 3)
+    walk = BatchWalk(architecture, requests, 3, mentions=True)
     for layer in (1, 2, 3):  # later calls start from what the earlier ones stored
         keys, values = walk.advance(layer)
         expected_keys, expected_values = plain(architecture, requests, layer, 3)
-        assert keys.shape == (len(REQUESTS), 1 + len(CONTEXTS), 64)
+        expected_mentions, _ = plain(architecture, mentions_of(requests), layer, 3)
+        expected_keys = torch.cat([expected_keys, expected_mentions.unflatten(0, (len(REQUESTS), -1))[:, :, 0]], 1)
+        assert keys.shape == (len(REQUESTS), 1 + 2 * len(CONTEXTS), 64)
         torch.testing.assert_close(keys, expected_keys, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(values, expected_values, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(walk.values(), expected_values, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("contexts", [CONTEXTS, CONTEXTS[:1], ()])
-def test_a_key_is_half_the_bare_prompts_and_half_the_mean_of_the_others(contexts: tuple[str, ...]) -> None:
-    keys = torch.randn(3, 1 + len(contexts), 8, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("contexts", [3, 1, 0])
+def test_a_key_is_half_the_bare_prompts_and_half_the_mean_of_the_others(contexts: int) -> None:
+    keys = torch.randn(3, 1 + contexts, 8, generator=torch.Generator().manual_seed(0))
     expected = keys[:, 0] / 2 + keys[:, 1:].mean(1) / 2 if contexts else keys[:, 0]
-    torch.testing.assert_close(over_contexts(keys), expected)
-    assert float(context_weights(1 + len(contexts)).sum()) == pytest.approx(1)
+    torch.testing.assert_close(over_contexts(keys, context_weights(contexts)), expected)
+
+
+def test_the_subject_alone_is_a_third_of_the_key() -> None:
+    keys = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0))
+    expected = (keys[:, 0] + keys[:, 1:4].mean(1) + keys[:, 4:].mean(1)) / 3
+    torch.testing.assert_close(over_contexts(keys, context_weights(3, 2)), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -108,7 +115,8 @@ def test_stored_keys_are_filtered_means_over_contexts(family: str) -> None:
     expected, _ = plain(architecture, encoded(), 2, 2)
     batch, history = edit(architecture, (2,), CONTEXTS, l2=4.0, context_keys="mean")
     name = architecture.site(2).name
-    torch.testing.assert_close(batch.batch.keys[name], over_contexts(expected) / 2, rtol=1e-4, atol=1e-5)
+    mean = over_contexts(expected, context_weights(len(CONTEXTS)))
+    torch.testing.assert_close(batch.batch.keys[name], mean / 2, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(batch.kept_energy[name], torch.ones(3))
     assert history.batches == []  # the caller's to append
     assert batch.batch.requests == tuple(REQUESTS)
@@ -119,13 +127,14 @@ def test_a_second_pass_gives_the_keys_of_the_first(family: str) -> None:
     # What enters a layer depends on the layers below it, and those had been edited before its keys were read.
     architecture = resolve_architecture(tiny_model(family))
     unedited, _ = plain(architecture, encoded(), 3, 3)
-    batch, _ = edit(architecture, (1, 2, 3), CONTEXTS, l2=1.0)
+    batch, _ = edit(architecture, (1, 2, 3), CONTEXTS, l2=1.0, context_keys="separate")
+    weights = context_weights(len(CONTEXTS))
     for layer in (1, 2, 3):
         again, _ = plain(architecture, encoded(), layer, 3)
         torch.testing.assert_close(
-            batch.batch.keys[architecture.site(layer).name], over_contexts(again), rtol=1e-3, atol=1e-4
+            batch.batch.keys[architecture.site(layer).name], over_contexts(again, weights), rtol=1e-3, atol=1e-4
         )
-    assert (over_contexts(unedited) - over_contexts(again)).norm() > 0.01 * over_contexts(again).norm()
+    assert (over_contexts(unedited - again, weights)).norm() > 0.01 * over_contexts(again, weights).norm()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -174,21 +183,32 @@ def test_the_ridge_shrinks_what_arrives(l2: float) -> None:
 
 def test_separate_contexts_bring_the_residual_into_each_of_them() -> None:
     errors = {}
-    for context_keys in ("separate", "mean"):
+    for context_keys in ("with_subject", "separate", "mean"):
         architecture = resolve_architecture(tiny_model("llama"))
-        before = [plain_outputs(architecture, row) for row in rows_of(encoded())]
+        rows, mentions = rows_of(encoded()), mentions_of(encoded())
+        before = [plain_outputs(architecture, row) for row in [*rows, *mentions]]
         batch, _ = edit(architecture, (3,), CONTEXTS, context_keys=context_keys)
-        after = [plain_outputs(architecture, row) for row in rows_of(encoded())]
-        change = (torch.stack(after) - torch.stack(before)).unflatten(0, (3, -1))  # (n, c, h)
+        after = [plain_outputs(architecture, row) for row in [*rows, *mentions]]
+        changes = (torch.stack(after) - torch.stack(before)).split([len(rows), len(mentions)])
         residual = (batch.targets.values - batch.targets.initial)[:, None]  # (n, 1, h)
-        errors[context_keys] = float(((change - residual).norm(dim=-1) / residual.norm(dim=-1)).max())
+        errors[context_keys] = [
+            float(((change.unflatten(0, (3, -1)) - residual).norm(dim=-1) / residual.norm(dim=-1)).max())
+            for change in changes  # (n c, h)
+        ]
         assert batch.batch.updates[architecture.site(3).name].inputs.shape[0] == 3  # the rank stays that of the edits
-    assert errors["separate"] < 1e-3
-    assert errors["mean"] > 10 * errors["separate"]
+    assert max(errors["with_subject"]) < 1e-3
+    assert errors["separate"][0] < 1e-3 < 0.01 < errors["separate"][1]
+    assert errors["mean"][0] > 10 * errors["separate"][0]
 
 
 def rows_of(requests: list[EncodedRequest]) -> list[EncodedRequest]:
     return [EncodedRequest((row,), request.essence, request.target) for request in requests for row in request.rows]
+
+
+def mentions_of(requests: list[EncodedRequest]) -> list[EncodedRequest]:
+    return [
+        EncodedRequest((row,), request.essence, request.target) for request in requests for row in request.mentions
+    ]
 
 
 def plain_outputs(architecture: Architecture, request: EncodedRequest) -> Tensor:

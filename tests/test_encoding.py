@@ -6,7 +6,13 @@ from tokenizers import normalizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_alphaedit.errors import RequestError
-from hf_alphaedit.models.encoding import encode_prompt, encode_request, encode_target, encode_with_spans
+from hf_alphaedit.models.encoding import (
+    encode_prompt,
+    encode_request,
+    encode_target,
+    encode_with_spans,
+    with_aside,
+)
 from hf_alphaedit.requests import EditRequest
 
 
@@ -107,6 +113,39 @@ def test_contexts_come_before_and_keep_the_subject() -> None:
     assert framed.subject > bare.subject
     assert framed.token_ids[framed.subject] == bare.token_ids[bare.subject]
     assert framed.until_subject().token_ids == framed.token_ids[: framed.subject + 1]
+
+
+def test_mentions_are_the_subject_alone_behind_each_context() -> None:
+    tokenizer, contexts = tiny_tokenizer(bos=True), ("People say. {}", "It is {} again")
+    mentions = encode_request(tokenizer, EditRequest("The capital of {} is", "Norway", "Lima"), contexts).mentions
+    texts = [tokenizer.decode(row.token_ids, skip_special_tokens=True) for row in mentions]
+    assert texts == ["People say. Norway", "It is Norway"]
+    assert all(row.subject == row.first_prediction == len(row.token_ids) - 1 for row in mentions)
+    assert encode_request(tokenizer, EditRequest("The capital of {} is", "Norway", "Lima")).mentions == ()
+
+
+def test_every_second_context_gets_an_aside_from_the_next() -> None:
+    tokenizer, contexts = tiny_tokenizer(), ("Yes. {}", "No. {}", "I say, {}", "So. {}")
+    request = EditRequest("The capital of {} is", "Norway", "Lima")
+    plain, asides = (encode_request(tokenizer, request, contexts, asides=asides) for asides in (False, True))
+    texts = [tokenizer.decode(row.token_ids[: row.first_prediction + 1]) for row in asides.rows]
+    assert texts == [
+        "The capital of Norway is",
+        "Yes. The capital of Norway is",
+        "No. The capital of Norway (I say,) is",
+        "I say, The capital of Norway is",
+        "So. The capital of Norway (Yes) is",
+    ]
+    assert [row.until_subject().token_ids for row in asides.rows] == [
+        row.until_subject().token_ids for row in plain.rows
+    ]  # a causal model has the same keys
+    assert (asides.target, asides.essence, asides.mentions) == (plain.target, plain.essence, plain.mentions)
+
+
+@pytest.mark.parametrize("prompt", ["{}", "{}'s capital is", "中国的首都{}是", "{}, which lies in"])
+def test_no_aside_where_no_space_follows_the_subject(prompt: str) -> None:
+    assert with_aside(prompt, "Yes. {}") == prompt
+    assert with_aside("{} is", "{} Yes") == "{} is"
 
 
 @pytest.mark.parametrize("bos", [False, True])

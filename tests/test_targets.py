@@ -50,8 +50,8 @@ EASY = [
 CONFIG = AlphaEditConfig(layers=(1, 2), value_steps=6, stop_loss=0.0, forward_dtype="model")
 
 
-def encoded(requests: list[EditRequest] = REQUESTS) -> list[EncodedRequest]:
-    return [encode_request(tiny_tokenizer(), request, CONTEXTS) for request in requests]
+def encoded(requests: list[EditRequest] = REQUESTS, asides: bool = False) -> list[EncodedRequest]:
+    return [encode_request(tiny_tokenizer(), request, CONTEXTS, asides) for request in requests]
 
 
 def architecture_of(family: str = "llama", model: PreTrainedModel | None = None) -> Architecture:
@@ -119,7 +119,7 @@ def test_first_look_is_the_plain_models_likelihood(family: str) -> None:
 def test_search_as_a_plain_loop_over_whole_rows(in_turn: bool) -> None:
     """One request, every row run whole by the plain model, torch's own Adam; contexts in turn or all at each step."""
     architecture = architecture_of()
-    (request,) = encoded(REQUESTS[1:2])
+    (request,) = encoded(REQUESTS[1:2], asides=True)
     model, block = architecture.model, architecture.blocks[LAYER]
     assert len(request.rows) == 3
 
@@ -169,7 +169,7 @@ def test_search_lowers_the_loss() -> None:
 
 @pytest.mark.parametrize("largest_chunk", [1, 60, 100])
 def test_chunks_decide_nothing(largest_chunk: int) -> None:
-    architecture, requests = architecture_of(), encoded()
+    architecture, requests = architecture_of(), encoded(asides=True)
     order = sorted(range(len(requests)), key=lambda index: suffix_length(requests[index]))
     assert len(chunked(order, requests, largest_chunk, 4)) > len(chunked(order, requests, 10**6, 4))
     assert_same(targets(architecture, requests, largest_chunk=largest_chunk), targets(architecture, requests))

@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 
 Projection = Literal["hard", "soft", "soft_inside_hard", "none"]
 ThresholdRule = Literal["energy", "absolute"]
-ContextKeys = Literal["separate", "mean"]
+ContextKeys = Literal["with_subject", "separate", "mean"]
 ForwardDtype = Literal["auto", "model", "float32", "bfloat16"]
 
 
@@ -66,8 +66,13 @@ class AlphaEditConfig:
     )
     context_length: int = setting(10, "tokens of a sampled context, its first word and the BOS token included")
     context_special_tokens: bool = setting(False, "keep the text of special tokens in sampled contexts, as published")
+    context_asides: bool = setting(
+        True, "in every second context, let the text of another one stand in brackets behind the subject"
+    )
     context_keys: ContextKeys = setting(
-        "separate", "whether each context's key is solved for, or only their mean, as published"
+        "with_subject",
+        "keys that are solved for: each context's and those of the subject alone behind it, each context's, or, as "
+        "published, their mean",
     )
 
     # Projection and update
@@ -139,8 +144,8 @@ class AlphaEditConfig:
             projection="hard", threshold_rule="absolute", absolute_threshold=2e-2, l2=10.0, use_history=True,
             history_weight=1.0, value_steps=25, adam_betas=(0.9, 0.999), clamp_factor=0.75, kl_factor=0.0625,
             weight_decay=0.5, stop_loss=5e-2, stop_at_argmax=False, contexts_in_turn=False, forward_dtype="model",
-            context_templates=None, context_length=10, context_special_tokens=True, context_keys="mean",
-            tokens_per_dimension=100, source=f"paper mode of: {self.source}",
+            context_templates=None, context_length=10, context_special_tokens=True, context_asides=False,
+            context_keys="mean", tokens_per_dimension=100, source=f"paper mode of: {self.source}",
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

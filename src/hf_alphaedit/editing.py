@@ -90,7 +90,7 @@ def edit_batch(
         EditingError: a key, target or update is not finite, or a subject goes only to experts that can't be edited.
     """
     with watch.measuring("encoding"):
-        encoded = [encode_request(tokenizer, request, contexts) for request in requests]
+        encoded = [encode_request(tokenizer, request, contexts, config.context_asides) for request in requests]
     keys_of: dict[str, Tensor] = {}
     updates: dict[str, LowRankUpdate] = {}
     kept_energy: dict[str, Tensor] = {}
@@ -103,12 +103,12 @@ def edit_batch(
                 targets = compute(encoded, layers[-1])
             _require_finite(targets.values, "targets", requests)
             steps += targets.steps
-        walk = BatchWalk(architecture, encoded, layers[-1])
+        walk = BatchWalk(architecture, encoded, layers[-1], config.context_keys == "with_subject")
         for position, layer in enumerate(layers):
             site = architecture.site(layer)
             with watch.measuring("keys"):
                 in_contexts, current = walk.advance(layer)  # (n, c, d), (n, h)
-                keys = over_contexts(in_contexts)  # (n, d)
+                keys = over_contexts(in_contexts, walk.weights)  # (n, d)
                 _require_finite(keys, f"keys of {site.name}", requests)
             with watch.measuring("solve"):
                 residual = spread_residual(targets.values.to(current.device), current, len(layers) - position)
@@ -118,8 +118,8 @@ def edit_batch(
                 _require_open(filtered, spectral_filter, site.name, requests)
                 past = history.past_keys(site.name) if config.use_history else None
                 past = None if past is None else past.to(keys.device)
-                columns = spectral_filter.root(in_contexts) if config.context_keys == "separate" else filtered
-                weights = context_weights(in_contexts.shape[1]) if config.context_keys == "separate" else None
+                columns = filtered if config.context_keys == "mean" else spectral_filter.root(in_contexts)
+                weights = None if config.context_keys == "mean" else walk.weights
                 update = solve_update(
                     columns, past, residual.to(keys.device), spectral_filter.root, weights, config.history_weight
                 )
@@ -154,17 +154,25 @@ def layer_groups(architecture: Architecture, layers: Sequence[int]) -> list[Sequ
 class BatchWalk:
     """Keys in every context, and current values on the bare prompt, layer after layer."""
 
-    def __init__(self, architecture: Architecture, requests: Sequence[EncodedRequest], last_layer: int) -> None:
+    def __init__(
+        self, architecture: Architecture, requests: Sequence[EncodedRequest], last_layer: int, mentions: bool
+    ) -> None:
+        """With `mentions`, the keys of the subject alone behind each context are among the contexts' keys."""
         self.last_layer = last_layer
+        mentioned = requests[0].mentions if mentions else ()
+        self.weights = context_weights(len(requests[0].rows) - 1, len(mentioned))  # (c,)
         self.bare = _walks(architecture, [request.rows[0] for request in requests], last_layer)
         # Longest first, so that a chunk has little padding; `place` is where each row is then.
-        contexts = [row for request in requests for row in request.rows[1:]]
+        contexts = [row for r in requests for row in (*r.rows[1:], *(r.mentions if mentions else ()))]
         order = sorted(range(len(contexts)), key=lambda index: -contexts[index].subject)
         self.place = torch.tensor(order, dtype=torch.long).argsort()
         self.contexts = _walks(architecture, [contexts[index] for index in order], None)
 
     def advance(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys in every context (n, c, d), the bare prompt first, and current values (n, h) on it, both float32."""
+        """Keys (n, c, d) and current values (n, h) on the bare prompt, both float32.
+
+        The keys are those of the bare prompt, of the prompt in each context, and of the subject alone in each.
+        """
         parts = [walk.advance(layer) for walk in self.bare]
         keys = torch.cat([keys for keys, _ in parts]).float()[:, None]  # (n, 1, d)
         values = torch.cat([values for _, values in parts if values is not None]).float()  # (n, h)
@@ -186,16 +194,19 @@ def _walks(architecture: Architecture, rows: Sequence[TokenRow], last_layer: int
     return [KeyWalk(architecture, rows[start : start + size], last_layer) for start in range(0, len(rows), size)]
 
 
-def context_weights(count: int) -> Tensor:
-    """(c,) ½ for the bare prompt and ½ for all other contexts together: MEMIT's and AlphaEdit's two groups."""
-    if count == 1:
-        return torch.ones(1)
-    return torch.tensor([0.5] + [0.5 / (count - 1)] * (count - 1))
+def context_weights(contexts: int, mentions: int = 0) -> Tensor:
+    """(1 + contexts + mentions,) weights of one request's keys, with sum 1.
+
+    The bare prompt, the prompt in contexts and the subject alone in contexts count the same, as far as they are there.
+    Without mentions these are MEMIT's and AlphaEdit's two groups.
+    """
+    groups = [count for count in (1, contexts, mentions) if count]
+    return torch.tensor([1 / (len(groups) * count) for count in groups for _ in range(count)])
 
 
-def over_contexts(keys: Tensor) -> Tensor:
-    """Keys (n, c, d) averaged over their contexts, k = ½ bare + ½ mean of the others: (n, d)."""
-    return torch.einsum("c,ncd->nd", context_weights(keys.shape[1]).to(keys), keys)
+def over_contexts(keys: Tensor, weights: Tensor) -> Tensor:
+    """Keys (n, c, d) averaged with `weights` (c,): (n, d)."""
+    return torch.einsum("c,ncd->nd", weights.to(keys), keys)
 
 
 def _require_finite(values: Tensor, what: str, requests: Sequence[EditRequest]) -> None:

@@ -83,7 +83,7 @@ def check_texts(editor: AlphaEditor, requests: Sequence[EditRequest]) -> Preflig
     errors, warnings, checks = [], [], []
     for index, request in enumerate(requests):
         try:
-            encoded = encode_request(editor.tokenizer, request, contexts)
+            encoded = encode_request(editor.tokenizer, request, contexts, editor.config.context_asides)
         except RequestError as error:
             errors.append(f"request {index}: {error}")
             continue
@@ -211,11 +211,11 @@ def check_keys(
     history, config = editor.history, editor.config
     site = editor.sites()[0]
     contexts = history.contexts or config.context_templates or ()
-    encoded = [encode_request(editor.tokenizer, request, contexts) for request in requests]
+    encoded = [encode_request(editor.tokenizer, request, contexts, config.context_asides) for request in requests]
     began = time.perf_counter()
     with inference_state(editor.model):
-        in_contexts, _ = BatchWalk(editor.architecture, encoded, site.layer).advance(site.layer)  # (n, c, d)
-        keys = over_contexts(in_contexts)  # (n, d)
+        walk = BatchWalk(editor.architecture, encoded, site.layer, config.context_keys == "with_subject")
+        keys = over_contexts(walk.advance(site.layer)[0], walk.weights)  # (n, c, d) -> (n, d)
     seconds = time.perf_counter() - began
     if not torch.isfinite(keys).all():
         raise EditingError(f"the keys of {site.name} are not finite; the model's weights are damaged, load it again")

@@ -139,9 +139,9 @@ class Runs:
             return changed.view_as(hidden)
 
         first = layers[0] + 1 if kind == "hidden" else layers[0]
-        entry = self.corrupted[first][sources]  # (rows, T, h)
-        entry = put_back(layers[0], entry) if kind == "hidden" else entry
-        rows = replace(self.rows.select(sources), entry=entry)
+        rows = replace(self.rows, entry=self.corrupted[first]).select(sources)  # entry is (rows, T, h)
+        if kind == "hidden" and rows.entry is not None:
+            rows = replace(rows, entry=put_back(layers[0], rows.entry))
         with ExitStack() as stack:
             stack.enter_context(_entering(self.architecture, rows, first))
             for layer in layers if kind != "hidden" else ():

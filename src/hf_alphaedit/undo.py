@@ -50,7 +50,7 @@ def remove(editor: AlphaEditor, which: EditRequest | int, *, replay: bool = Fals
     left, and after removing the last edit the base model is back bit for bit. What is not: the keys and residuals of
     the remaining edits were measured while the removed one was in place (in later layers and later batches), and they
     are kept as they are; and only the mean of an edit's keys over its contexts is stored, so batches that were solved
-    with `context_keys="separate"` are solved for the means. The difference is small where the edits have little to do
+    for each of them (`context_keys` other than "mean") are solved for the means. The difference is small where the edits have little to do
     with each other.
 
     With `replay`, the remaining requests are edited again from the base model, batch by batch, with the settings of

@@ -12,6 +12,7 @@ from hf_alphaedit.requests import PLACEHOLDER, EditRequest
 
 
 BARE = PLACEHOLDER
+ASIDE = " ({})"
 
 
 @dataclass(frozen=True)
@@ -41,31 +42,61 @@ class EncodedRequest:
         rows: one per context, the bare prompt first, each followed by all target tokens but the last.
         essence: '<subject> is a' up to the subject's last token; its next-token distribution is to stay as it is.
         target: token ids of the target.
+        mentions: the subject alone behind each context, up to its last token.
     """
 
     rows: tuple[TokenRow, ...]
     essence: TokenRow
     target: tuple[int, ...]
+    mentions: tuple[TokenRow, ...] = ()
 
 
 def encode_request(
-    tokenizer: PreTrainedTokenizerBase, request: EditRequest, contexts: Sequence[str] = ()
+    tokenizer: PreTrainedTokenizerBase, request: EditRequest, contexts: Sequence[str] = (), asides: bool = False
 ) -> EncodedRequest:
-    """Encode the bare prompt and one row per context (texts that end in {}).
+    """Encode the bare prompt and one row per context.
 
     Ids are concatenated, never texts: what the model saw as the prompt stays the prompt, whatever characters meet.
+
+    Args:
+        tokenizer: the model's.
+        request: what to encode.
+        contexts: texts with one {} each, where the prompt goes.
+        asides: in every second context, put what stands before the {} of the next one behind the subject, in
+            brackets, where a space follows the subject.
 
     Raises:
         RequestError: the target has no tokens.
     """
     target = tuple(encode_target(tokenizer, request.text, request.target_text))
     rows = []
-    for context in (BARE, *contexts):
-        prompt_ids, subject = encode_prompt(tokenizer, request.prompt, request.subject, context)
+    for index, context in enumerate((BARE, *contexts)):
+        prompt = request.prompt
+        if asides and index and index % 2 == 0:
+            prompt = with_aside(prompt, contexts[index % len(contexts)])
+        prompt_ids, subject = encode_prompt(tokenizer, prompt, request.subject, context)
         rows.append(TokenRow((*prompt_ids, *target[:-1]), subject, len(prompt_ids) - 1))
-    prompt_ids, subject = encode_prompt(tokenizer, "{} is a", request.subject)
-    essence = TokenRow(tuple(prompt_ids), subject, subject).until_subject()
-    return EncodedRequest(tuple(rows), essence, target)
+    essence, *mentions = (
+        TokenRow(tuple(prompt_ids), subject, subject).until_subject()
+        for prompt_ids, subject in [
+            encode_prompt(tokenizer, "{} is a", request.subject),
+            *(encode_prompt(tokenizer, BARE, request.subject, context) for context in contexts),
+        ]
+    )
+    return EncodedRequest(tuple(rows), essence, target, tuple(mentions))
+
+
+def with_aside(prompt: str, context: str) -> str:
+    """The prompt with the beginning of `context` in brackets behind the subject.
+
+    As it is where no space follows the subject ('s, a comma, the end, scripts without spaces), or where the context
+    begins with the prompt.
+    """
+    before, after = prompt.split(PLACEHOLDER)
+    aside = context.split(PLACEHOLDER)[0].strip(" .")
+    if not aside or not after.startswith(" "):
+        return prompt
+    return before + PLACEHOLDER + ASIDE.format(aside) + after
 
 
 def encode_prompt(

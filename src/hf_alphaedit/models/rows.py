@@ -43,17 +43,20 @@ class AlignedRows:
     block_form: tuple[type, int]
 
     def select(self, rows: Tensor) -> AlignedRows:
-        """The rows with these indices (n,)."""
+        """The rows with these indices (n,), and no more columns than the longest of them needs."""
 
         def pick(tensor: Tensor) -> Tensor:
             return tensor.index_select(0, rows.to(tensor.device))
 
+        attention_mask = pick(self.attention_mask)
+        width = int(attention_mask.any(0).nonzero().max()) + 1  # what lies behind is padding in all of these rows
+        columns = width - (self.attention_mask.shape[1] - self.token_ids.shape[1])
         return replace(
             self,
-            token_ids=pick(self.token_ids),
-            attention_mask=pick(self.attention_mask),
-            position_ids=pick(self.position_ids),
-            entry=None if self.entry is None else pick(self.entry),
+            token_ids=pick(self.token_ids)[:, :columns],
+            attention_mask=attention_mask[:, :width],
+            position_ids=pick(self.position_ids)[:, :columns],
+            entry=None if self.entry is None else pick(self.entry)[:, :columns],
             subject=pick(self.subject),
             attention_keys=tuple(pick(keys) for keys in self.attention_keys),
             attention_values=tuple(pick(values) for values in self.attention_values),
