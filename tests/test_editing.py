@@ -84,16 +84,16 @@ def edit(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keys_and_values_are_those_of_plain_passes(family: str) -> None:
     architecture, requests = resolve_architecture(tiny_model(family)), encoded()
-    walk = BatchWalk(architecture, requests, 3, mentions=True)
+    walk = BatchWalk(architecture, requests, mentions=True)
     for layer in (1, 2, 3):  # later calls start from what the earlier ones stored
-        keys, values = walk.advance(layer)
+        keys, values = walk.advance(layer, 3)
         expected_keys, expected_values = plain(architecture, requests, layer, 3)
         expected_mentions, _ = plain(architecture, mentions_of(requests), layer, 3)
         expected_keys = torch.cat([expected_keys, expected_mentions.unflatten(0, (len(REQUESTS), -1))[:, :, 0]], 1)
         assert keys.shape == (len(REQUESTS), 1 + 2 * len(CONTEXTS), 64)
         torch.testing.assert_close(keys, expected_keys, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(values, expected_values, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(walk.values(), expected_values, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(walk.values(3), expected_values, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("contexts", [3, 1, 0])
@@ -122,7 +122,7 @@ def test_stored_keys_are_filtered_means_over_contexts(family: str) -> None:
     assert batch.batch.requests == tuple(REQUESTS)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3_text"])
 def test_a_second_pass_gives_the_keys_of_the_first(family: str) -> None:
     # What enters a layer depends on the layers below it, and those had been edited before its keys were read.
     architecture = resolve_architecture(tiny_model(family))

@@ -95,6 +95,7 @@ def edit_batch(
     updates: dict[str, LowRankUpdate] = {}
     kept_energy: dict[str, Tensor] = {}
     steps = torch.zeros(len(requests), dtype=torch.int64)
+    walk = BatchWalk(architecture, encoded, config.context_keys == "with_subject")
     for layers in layer_groups(architecture, config.layers or ()):
         with watch.measuring("targets"):
             if compute is None:
@@ -103,11 +104,10 @@ def edit_batch(
                 targets = compute(encoded, layers[-1])
             _require_finite(targets.values, "targets", requests)
             steps += targets.steps
-        walk = BatchWalk(architecture, encoded, layers[-1], config.context_keys == "with_subject")
         for position, layer in enumerate(layers):
             site = architecture.site(layer)
             with watch.measuring("keys"):
-                in_contexts, current = walk.advance(layer)  # (n, c, d), (n, h)
+                in_contexts, current = walk.advance(layer, layers[-1])  # (n, c, d), (n, h)
                 keys = over_contexts(in_contexts, walk.weights)  # (n, d)
                 _require_finite(keys, f"keys of {site.name}", requests)
             with watch.measuring("solve"):
@@ -131,7 +131,7 @@ def edit_batch(
                 partial = Batch((), {}, {site.name: updates[site.name]})
                 site.write_edits(history, [*history.batches, partial])
     with watch.measuring("keys"):
-        final = walk.values()
+        final = walk.values(layers[-1])
     wanted = (targets.values - targets.initial).norm(dim=-1)  # (n,), zero where nothing was left to do
     lacking = (targets.values - final.cpu()).norm(dim=-1) / wanted.clamp_min(torch.finfo(wanted.dtype).tiny)
     lacking = torch.where(wanted > 0, lacking, 0.0)
@@ -154,44 +154,41 @@ def layer_groups(architecture: Architecture, layers: Sequence[int]) -> list[Sequ
 class BatchWalk:
     """Keys in every context, and current values on the bare prompt, layer after layer."""
 
-    def __init__(
-        self, architecture: Architecture, requests: Sequence[EncodedRequest], last_layer: int, mentions: bool
-    ) -> None:
+    def __init__(self, architecture: Architecture, requests: Sequence[EncodedRequest], mentions: bool) -> None:
         """With `mentions`, the keys of the subject alone behind each context are among the contexts' keys."""
-        self.last_layer = last_layer
         mentioned = requests[0].mentions if mentions else ()
         self.weights = context_weights(len(requests[0].rows) - 1, len(mentioned))  # (c,)
-        self.bare = _walks(architecture, [request.rows[0] for request in requests], last_layer)
+        self.bare = _walks(architecture, [request.rows[0] for request in requests])
         # Longest first, so that a chunk has little padding; `place` is where each row is then.
         contexts = [row for r in requests for row in (*r.rows[1:], *(r.mentions if mentions else ()))]
         order = sorted(range(len(contexts)), key=lambda index: -contexts[index].subject)
         self.place = torch.tensor(order, dtype=torch.long).argsort()
-        self.contexts = _walks(architecture, [contexts[index] for index in order], None)
+        self.contexts = _walks(architecture, [contexts[index] for index in order])
 
-    def advance(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys (n, c, d) and current values (n, h) on the bare prompt, both float32.
+    def advance(self, layer: int, value_layer: int) -> tuple[Tensor, Tensor]:
+        """Keys (n, c, d) at `layer` and current values (n, h) of `value_layer` on the bare prompt, both float32.
 
         The keys are those of the bare prompt, of the prompt in each context, and of the subject alone in each.
         """
-        parts = [walk.advance(layer) for walk in self.bare]
+        parts = [walk.advance(layer, value_layer) for walk in self.bare]
         keys = torch.cat([keys for keys, _ in parts]).float()[:, None]  # (n, 1, d)
         values = torch.cat([values for _, values in parts if values is not None]).float()  # (n, h)
         if self.contexts:
-            in_contexts = torch.cat([walk.advance(layer)[0] for walk in self.contexts]).float()
+            in_contexts = torch.cat([walk.advance(layer, None)[0] for walk in self.contexts]).float()
             in_contexts = in_contexts[self.place.to(keys.device)].unflatten(0, (len(keys), -1))  # (n, c - 1, d)
             keys = torch.cat([keys, in_contexts], 1)
         return keys, values
 
-    def values(self) -> Tensor:
-        """Current values (n, h) on the bare prompt, float32."""
-        parts = [walk.advance(self.last_layer)[1] for walk in self.bare]
+    def values(self, layer: int) -> Tensor:
+        """Current values (n, h) of `layer`, the last edited one, on the bare prompt, float32."""
+        parts = [walk.advance(layer, layer)[1] for walk in self.bare]
         return torch.cat([values for values in parts if values is not None]).float()
 
 
-def _walks(architecture: Architecture, rows: Sequence[TokenRow], last_layer: int | None) -> list[KeyWalk]:
+def _walks(architecture: Architecture, rows: Sequence[TokenRow]) -> list[KeyWalk]:
     """The rows in chunks that are bounded by tokens; each keeps its own stored hidden states."""
     size = max(1, WALK_CHUNK // max((row.subject + 1 for row in rows), default=1))
-    return [KeyWalk(architecture, rows[start : start + size], last_layer) for start in range(0, len(rows), size)]
+    return [KeyWalk(architecture, rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 def context_weights(contexts: int, mentions: int = 0) -> Tensor:

@@ -214,8 +214,8 @@ def check_keys(
     encoded = [encode_request(editor.tokenizer, request, contexts, config.context_asides) for request in requests]
     began = time.perf_counter()
     with inference_state(editor.model):
-        walk = BatchWalk(editor.architecture, encoded, site.layer, config.context_keys == "with_subject")
-        keys = over_contexts(walk.advance(site.layer)[0], walk.weights)  # (n, c, d) -> (n, d)
+        walk = BatchWalk(editor.architecture, encoded, config.context_keys == "with_subject")
+        keys = over_contexts(walk.advance(site.layer, site.layer)[0], walk.weights)  # (n, c, d) -> (n, d)
     seconds = time.perf_counter() - began
     if not torch.isfinite(keys).all():
         raise EditingError(f"the keys of {site.name} are not finite; the model's weights are damaged, load it again")

@@ -46,12 +46,12 @@ def remove(editor: AlphaEditor, which: EditRequest | int, *, replay: bool = Fals
     """Take out one edit and keep all others.
 
     Without `replay`, its batch and all later ones are solved again from the stored keys and residuals without it.
-    What is exact: each weight's update is the solution of the paper's equation 14 for the keys and residuals that are
-    left, and after removing the last edit the base model is back bit for bit. What is not: the keys and residuals of
-    the remaining edits were measured while the removed one was in place (in later layers and later batches), and they
-    are kept as they are; and only the mean of an edit's keys over its contexts is stored, so batches that were solved
-    for each of them (`context_keys` other than "mean") are solved for the means. The difference is small where the edits have little to do
-    with each other.
+    What is exact: each weight's update is the solution of the paper's equation 14 for the keys and residuals that
+    are left, and after removing the last edit the base model is back bit for bit. What is not: the keys and
+    residuals of the remaining edits were measured while the removed one was in place (in later layers and later
+    batches), and they are kept as they are; and only the mean of an edit's keys over its contexts is stored, so
+    batches that were solved for each of them (`context_keys` other than "mean") are solved for the means. The
+    difference is small where the edits have little to do with each other.
 
     With `replay`, the remaining requests are edited again from the base model, batch by batch, with the settings of
     each batch: the result is that of never having asked for the removed one.

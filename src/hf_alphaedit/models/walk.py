@@ -26,19 +26,19 @@ class KeyWalk:
     """Keys and current values of the same rows, layer after layer, while the weights change underneath.
 
     The rows end at the subject's last token. Each call of `advance` starts from the stored input of the layer it was
-    called for last and stops at the layer whose output is the value, or, if no values are wanted (`last_layer` is
-    None), behind the key, so nothing that can't have changed runs twice.
+    called for last and stops at the layer whose output is the value, or, if no values are wanted, behind the key, so
+    nothing that can't have changed runs twice.
     """
 
-    def __init__(self, architecture: Architecture, rows: Sequence[TokenRow], last_layer: int | None) -> None:
+    def __init__(self, architecture: Architecture, rows: Sequence[TokenRow]) -> None:
         rows = [row.until_subject() for row in rows]
-        self.architecture, self.last_layer = architecture, last_layer
+        self.architecture = architecture
         self.aligned = whole_rows(architecture, rows)
         self.first_block = 0
 
     @torch.no_grad()
-    def advance(self, layer: int) -> tuple[Tensor, Tensor | None]:
-        """Keys (B, d) that enter `layer`'s down-projection, and values (B, h) at the last layer's value module."""
+    def advance(self, layer: int, value_layer: int | None) -> tuple[Tensor, Tensor | None]:
+        """Keys (B, d) that enter `layer`'s down-projection, and values (B, h) at `value_layer`'s value module."""
         architecture, aligned = self.architecture, self.aligned
         rows = torch.arange(len(aligned.subject), device=aligned.subject.device)
 
@@ -52,18 +52,18 @@ class KeyWalk:
         inputs: list[Tensor] = []
         form: list[tuple[type, int]] = [aligned.block_form]
         site = architecture.site(layer)
-        stop = site.module if self.last_layer is None else architecture.value_module(self.last_layer)
+        stop = site.module if value_layer is None else architecture.value_module(value_layer)
         with (
             skipped_blocks(architecture, aligned, self.first_block),
             captured_keys([site], at_subject) as keys,
             on_input(architecture.blocks[layer], lambda hidden: inputs.append(hidden.detach().clone())),
-            nullcontext() if self.last_layer is None else on_output(stop, keep_value),
+            nullcontext() if value_layer is None else on_output(stop, keep_value),
             _form_of(architecture.blocks[max(layer - 1, 0)], form),
             stop_after(stop),
         ):
             architecture.model(input_ids=aligned.token_ids, attention_mask=aligned.attention_mask, use_cache=False)
         self.aligned, self.first_block = replace(aligned, entry=inputs[0], block_form=form[-1]), layer
-        return side_by_side(site, keys[site.name], len(rows)), None if self.last_layer is None else values[0]
+        return side_by_side(site, keys[site.name], len(rows)), None if value_layer is None else values[0]
 
 
 @contextmanager
