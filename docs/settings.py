@@ -27,7 +27,8 @@ searches settings for a model by measurement.
 ## Presets
 
 "Verified" means that this project measured them, with the command given. "Published" means that they were taken from
-the named source and not measured here.
+the named source and not measured here. A preset for many edits is only taken by its name (`config="..."`,
+`--config ...`).
 
 | preset | status | source | settings |
 | --- | --- | --- | --- |

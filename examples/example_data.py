@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", help="text for the second moments: a file, a data set of the Hub, or 'self'")
     parser.add_argument("--texts", type=Path, help="held-out text for the perplexity, a .txt file")
     parser.add_argument("--batch-size", type=int, help="edits per batch; default all at once")
+    parser.add_argument("--config", help="a preset's name or a file of settings; default by the model's shape")
     parser.add_argument("--dtype", default="float32", help="dtype of the model")
     parser.add_argument("--device", default=None, help="device_map of the model")
     parser.add_argument("--seed", type=int, default=0)
@@ -65,9 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_editor(arguments: argparse.Namespace) -> AlphaEditor:
-    """The editor for `--model`, with the settings of its preset and the changes of `--set`."""
+    """The editor for `--model`, with the settings of `--config` or its preset, and the changes of `--set`."""
     name = str(PACKAGED[arguments.model]()) if arguments.model in PACKAGED else arguments.model
-    editor = AlphaEditor.from_pretrained(name, dtype=arguments.dtype, device_map=arguments.device)
+    editor = AlphaEditor.from_pretrained(
+        name, dtype=arguments.dtype, device_map=arguments.device, config=arguments.config
+    )
     changes = {}
     for assignment in arguments.set:
         setting, _, value = assignment.partition("=")

@@ -210,11 +210,11 @@ def check_keys(
     """
     history, config = editor.history, editor.config
     site = editor.sites()[0]
-    contexts = history.contexts or config.context_templates or ()
+    contexts, mentions = history.contexts or config.context_templates or (), config.context_keys == "with_subject"
     encoded = [encode_request(editor.tokenizer, request, contexts, config.context_asides) for request in requests]
     began = time.perf_counter()
     with inference_state(editor.model):
-        walk = BatchWalk(editor.architecture, encoded, config.context_keys == "with_subject")
+        walk = BatchWalk(editor.architecture, encoded, mentions)
         keys = over_contexts(walk.advance(site.layer, site.layer)[0], walk.weights)  # (n, c, d) -> (n, d)
     seconds = time.perf_counter() - began
     if not torch.isfinite(keys).all():
@@ -243,7 +243,8 @@ def check_keys(
             )
     free = {name: spectral_filter.null_rank for name, spectral_filter in filters.items()}
     warnings += _filling_up(config, len(history) + len(requests), free)
-    rate = sum(len(row.until_subject().token_ids) for one in encoded for row in one.rows) / max(seconds, 1e-9)
+    rows = [row for one in encoded for row in (*one.rows, *(one.mentions if mentions else ()))]
+    rate = sum(len(row.until_subject().token_ids) for row in rows) / max(seconds, 1e-9)
     return replace(
         report,
         checks=tuple(checks),

@@ -31,7 +31,8 @@ class Preset:
             (found by `tune`).
         source: the command that verified them, or where they were published.
         models: Hub ids they are meant for.
-        shape: entries of the model's text config that must be equal for the preset to apply by itself.
+        shape: entries of the model's text config that must be equal for the preset to apply by itself; empty for one
+            that is only taken by its name.
         settings: fields of `AlphaEditConfig`.
         evidence: what was measured with them, where `tune` found them.
     """
@@ -85,7 +86,7 @@ def config_for(
         matching = [
             preset
             for preset in presets()
-            if all(getattr(text_config, name, None) == value for name, value in preset.shape.items())
+            if preset.shape and all(getattr(text_config, name, None) == value for name, value in preset.shape.items())
         ]
         chosen = matching[0].config() if matching else AlphaEditConfig()
     if chosen.layers is None:
