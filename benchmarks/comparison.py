@@ -16,10 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from workload import Workload
 
 from hf_alphaedit import AlphaEditConfig, AlphaEditor, EditReport
-from hf_alphaedit.contexts import sample_contexts
+from hf_alphaedit.contexts import encode_requests, sample_contexts
 from hf_alphaedit.evaluation.protocol import evaluate
 from hf_alphaedit.filters import build_filters
-from hf_alphaedit.models.encoding import encode_request
 from hf_alphaedit.statistics import SecondMoments, collect_second_moments
 from hf_alphaedit.targets import product_dtype
 
@@ -225,10 +224,7 @@ class Comparison:
 
     def _share(self, editor: AlphaEditor, report: EditReport, dtype: torch.dtype, rate: float) -> dict[str, Any]:
         contexts = editor.config.context_templates or ()
-        encoded = [
-            encode_request(self.tokenizer, request, contexts, editor.config.context_asides)
-            for request in self.requests
-        ]
+        encoded = encode_requests(self.tokenizer, self.requests, contexts, editor.config)
         updates = [outcome.steps for outcome in report.outcomes]
         in_turn = editor.config.contexts_in_turn
         operations = target_operations(editor.architecture, encoded, self.layers[-1], updates, in_turn)

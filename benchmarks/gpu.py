@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 from hf_alphaedit import AlphaEditConfig, AlphaEditor
 from hf_alphaedit.algorithm.nullspace import SpectralFilter
-from hf_alphaedit.models.encoding import encode_request
+from hf_alphaedit.contexts import encode_requests
 from hf_alphaedit.records import as_record
 from hf_alphaedit.statistics import collect_second_moments
 
@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
         batch = requests[number * options.batch : (number + 1) * options.batch]
         with watch.measuring(f"batch {number + 1}"):
             report = editor.apply_edits(batch)
-        encoded = [encode_request(tokenizer, request, CONTEXTS, config.context_asides) for request in batch]
+        encoded = encode_requests(tokenizer, batch, CONTEXTS, config)
         updates = [outcome.steps for outcome in report.outcomes]
         operations = target_operations(
             editor.architecture, encoded, config.layers[-1], updates, config.contexts_in_turn

@@ -117,11 +117,13 @@ def test_contexts_come_before_and_keep_the_subject() -> None:
 
 def test_mentions_are_the_subject_alone_behind_each_context() -> None:
     tokenizer, contexts = tiny_tokenizer(bos=True), ("People say. {}", "It is {} again")
-    mentions = encode_request(tokenizer, EditRequest("The capital of {} is", "Norway", "Lima"), contexts).mentions
+    request = EditRequest("The capital of {} is", "Norway", "Lima")
+    mentions = encode_request(tokenizer, request, contexts, mentions=True).mentions
     texts = [tokenizer.decode(row.token_ids, skip_special_tokens=True) for row in mentions]
     assert texts == ["People say. Norway", "It is Norway"]
     assert all(row.subject == row.first_prediction == len(row.token_ids) - 1 for row in mentions)
-    assert encode_request(tokenizer, EditRequest("The capital of {} is", "Norway", "Lima")).mentions == ()
+    assert encode_request(tokenizer, request, contexts).mentions == ()
+    assert encode_request(tokenizer, request, mentions=True).mentions == ()
 
 
 def test_every_second_context_gets_an_aside_from_the_next() -> None:

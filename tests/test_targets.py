@@ -51,7 +51,7 @@ CONFIG = AlphaEditConfig(layers=(1, 2), value_steps=6, stop_loss=0.0, forward_dt
 
 
 def encoded(requests: list[EditRequest] = REQUESTS, asides: bool = False) -> list[EncodedRequest]:
-    return [encode_request(tiny_tokenizer(), request, CONTEXTS, asides) for request in requests]
+    return [encode_request(tiny_tokenizer(), request, CONTEXTS, asides=asides) for request in requests]
 
 
 def architecture_of(family: str = "llama", model: PreTrainedModel | None = None) -> Architecture:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import has_offloaded_params
 
+from hf_alphaedit.contexts import encode_requests
 from hf_alphaedit.estimates import editing_memory, editing_seconds, parameters_of
 from hf_alphaedit.filters import tokens_wanted
 from hf_alphaedit.models.architecture import Architecture
-from hf_alphaedit.models.encoding import encode_request
 from hf_alphaedit.models.hooks import inference_state, stop_after
 from hf_alphaedit.models.weights import input_device
 from hf_alphaedit.requests import EditRequest
@@ -123,7 +123,7 @@ def check_model(editor: AlphaEditor) -> CheckReport:
         for site, shape in zip(sites, shapes, strict=True)
     )  # fmt: skip
     speed = tokens_per_second(architecture, layers[0])
-    encoded = [encode_request(editor.tokenizer, EXAMPLE, CONTEXTS, config.context_asides)] * REQUESTS
+    encoded = encode_requests(editor.tokenizer, [EXAMPLE] * REQUESTS, CONTEXTS, config)
     tokens = 0 if editor.is_prepared else tokens_wanted(editor)
     share = parameters_of(architecture.blocks[: layers[-1] + 1]) / parameters_of(architecture.blocks[: layers[0] + 1])
     source = editor.history.base_model

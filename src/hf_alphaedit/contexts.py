@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_alphaedit.config import AlphaEditConfig
+from hf_alphaedit.models.encoding import EncodedRequest, encode_request
 from hf_alphaedit.models.hooks import inference_state
+from hf_alphaedit.requests import EditRequest
 
 
 FIRST_WORDS = ("The", "Therefore", "Because", "I", "You")
@@ -87,6 +89,24 @@ def contexts_for(
     return sample_contexts(
         model, tokenizer, length=config.context_length, keep_special_tokens=config.context_special_tokens, seed=seed
     )
+
+
+def encode_requests(
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    contexts: Sequence[str],
+    config: AlphaEditConfig,
+) -> list[EncodedRequest]:
+    """The rows of each request that the settings ask for; see `encode_request`.
+
+    Raises:
+        RequestError: a target has no tokens, or the tokenizer drops a subject.
+    """
+    mentions = config.context_keys == "with_subject"
+    return [
+        encode_request(tokenizer, request, contexts, asides=config.context_asides, mentions=mentions)
+        for request in requests
+    ]
 
 
 def template_of(text: str) -> str:

@@ -17,10 +17,11 @@ from hf_alphaedit.algorithm.update import LowRankUpdate, solve_update, spread_re
 from hf_alphaedit.batches import Batch
 from hf_alphaedit.chunks import WALK_CHUNK
 from hf_alphaedit.config import AlphaEditConfig
+from hf_alphaedit.contexts import encode_requests
 from hf_alphaedit.errors import EditingError
 from hf_alphaedit.history import History
 from hf_alphaedit.models.architecture import Architecture
-from hf_alphaedit.models.encoding import EncodedRequest, TokenRow, encode_request
+from hf_alphaedit.models.encoding import EncodedRequest, TokenRow
 from hf_alphaedit.models.walk import KeyWalk
 from hf_alphaedit.requests import EditRequest
 from hf_alphaedit.targets import Targets, compute_targets
@@ -90,12 +91,12 @@ def edit_batch(
         EditingError: a key, target or update is not finite, or a subject goes only to experts that can't be edited.
     """
     with watch.measuring("encoding"):
-        encoded = [encode_request(tokenizer, request, contexts, config.context_asides) for request in requests]
+        encoded = encode_requests(tokenizer, requests, contexts, config)
     keys_of: dict[str, Tensor] = {}
     updates: dict[str, LowRankUpdate] = {}
     kept_energy: dict[str, Tensor] = {}
     steps = torch.zeros(len(requests), dtype=torch.int64)
-    walk = BatchWalk(architecture, encoded, config.context_keys == "with_subject")
+    walk = BatchWalk(architecture, encoded)
     for layers in layer_groups(architecture, config.layers or ()):
         with watch.measuring("targets"):
             if compute is None:
@@ -154,13 +155,11 @@ def layer_groups(architecture: Architecture, layers: Sequence[int]) -> list[Sequ
 class BatchWalk:
     """Keys in every context, and current values on the bare prompt, layer after layer."""
 
-    def __init__(self, architecture: Architecture, requests: Sequence[EncodedRequest], mentions: bool) -> None:
-        """With `mentions`, the keys of the subject alone behind each context are among the contexts' keys."""
-        mentioned = requests[0].mentions if mentions else ()
-        self.weights = context_weights(len(requests[0].rows) - 1, len(mentioned))  # (c,)
+    def __init__(self, architecture: Architecture, requests: Sequence[EncodedRequest]) -> None:
+        self.weights = context_weights(len(requests[0].rows) - 1, len(requests[0].mentions))  # (c,)
         self.bare = _walks(architecture, [request.rows[0] for request in requests])
         # Longest first, so that a chunk has little padding; `place` is where each row is then.
-        contexts = [row for r in requests for row in (*r.rows[1:], *(r.mentions if mentions else ()))]
+        contexts = [row for request in requests for row in (*request.rows[1:], *request.mentions)]
         order = sorted(range(len(contexts)), key=lambda index: -contexts[index].subject)
         self.place = torch.tensor(order, dtype=torch.long).argsort()
         self.contexts = _walks(architecture, [contexts[index] for index in order])
@@ -168,7 +167,7 @@ class BatchWalk:
     def advance(self, layer: int, value_layer: int) -> tuple[Tensor, Tensor]:
         """Keys (n, c, d) at `layer` and current values (n, h) of `value_layer` on the bare prompt, both float32.
 
-        The keys are those of the bare prompt, of the prompt in each context, and of the subject alone in each.
+        The keys are those of the bare prompt, of the prompt in each context, and of the subject's mentions.
         """
         parts = [walk.advance(layer, value_layer) for walk in self.bare]
         keys = torch.cat([keys for keys, _ in parts]).float()[:, None]  # (n, 1, d)

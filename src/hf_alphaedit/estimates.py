@@ -49,7 +49,7 @@ def editing_seconds(editor: AlphaEditor, encoded: Sequence[EncodedRequest], toke
         rows = rows_per_step(request, editor.config)  # '<subject> is a' is one of them
         tokens += sum(suffixes) / len(suffixes) * (rows - 1) + 1
         positions += (rows - 1) * len(request.target) + 1
-        passes += sum(row.subject + 1 for row in request.rows)
+        passes += sum(row.subject + 1 for row in (*request.rows, *request.mentions))
     step = 2 * (above * tokens + head * positions)  # a backward pass without weight gradients costs a forward pass
     walk = passes * parameters_of(blocks[: layers[-1] + 1]) + passes * len(layers) * parameters_of(
         blocks[layers[0] : layers[-1] + 1]

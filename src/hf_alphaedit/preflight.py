@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_alphaedit.config import AlphaEditConfig
+from hf_alphaedit.contexts import encode_requests
 from hf_alphaedit.editing import BatchWalk, over_contexts
 from hf_alphaedit.errors import EditingError, RequestError
 from hf_alphaedit.estimates import editing_memory, editing_seconds
 from hf_alphaedit.evaluation.scoring import score
 from hf_alphaedit.history import History
-from hf_alphaedit.models.encoding import EncodedRequest, encode_request
+from hf_alphaedit.models.encoding import EncodedRequest
 from hf_alphaedit.models.hooks import inference_state
 from hf_alphaedit.outcomes import NEW_TOKENS
 from hf_alphaedit.preflight_report import PreflightReport, RequestCheck
@@ -83,7 +84,7 @@ def check_texts(editor: AlphaEditor, requests: Sequence[EditRequest]) -> Preflig
     errors, warnings, checks = [], [], []
     for index, request in enumerate(requests):
         try:
-            encoded = encode_request(editor.tokenizer, request, contexts, editor.config.context_asides)
+            (encoded,) = encode_requests(editor.tokenizer, [request], contexts, editor.config)
         except RequestError as error:
             errors.append(f"request {index}: {error}")
             continue
@@ -210,11 +211,11 @@ def check_keys(
     """
     history, config = editor.history, editor.config
     site = editor.sites()[0]
-    contexts, mentions = history.contexts or config.context_templates or (), config.context_keys == "with_subject"
-    encoded = [encode_request(editor.tokenizer, request, contexts, config.context_asides) for request in requests]
+    contexts = history.contexts or config.context_templates or ()
+    encoded = encode_requests(editor.tokenizer, requests, contexts, config)
     began = time.perf_counter()
     with inference_state(editor.model):
-        walk = BatchWalk(editor.architecture, encoded, mentions)
+        walk = BatchWalk(editor.architecture, encoded)
         keys = over_contexts(walk.advance(site.layer, site.layer)[0], walk.weights)  # (n, c, d) -> (n, d)
     seconds = time.perf_counter() - began
     if not torch.isfinite(keys).all():
@@ -243,7 +244,7 @@ def check_keys(
             )
     free = {name: spectral_filter.null_rank for name, spectral_filter in filters.items()}
     warnings += _filling_up(config, len(history) + len(requests), free)
-    rows = [row for one in encoded for row in (*one.rows, *(one.mentions if mentions else ()))]
+    rows = [row for one in encoded for row in (*one.rows, *one.mentions)]
     rate = sum(len(row.until_subject().token_ids) for row in rows) / max(seconds, 1e-9)
     return replace(
         report,

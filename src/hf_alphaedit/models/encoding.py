@@ -42,7 +42,7 @@ class EncodedRequest:
         rows: one per context, the bare prompt first, each followed by all target tokens but the last.
         essence: '<subject> is a' up to the subject's last token; its next-token distribution is to stay as it is.
         target: token ids of the target.
-        mentions: the subject alone behind each context, up to its last token.
+        mentions: the subject alone behind each context, up to its last token; empty where its key isn't wanted.
     """
 
     rows: tuple[TokenRow, ...]
@@ -52,7 +52,12 @@ class EncodedRequest:
 
 
 def encode_request(
-    tokenizer: PreTrainedTokenizerBase, request: EditRequest, contexts: Sequence[str] = (), asides: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    request: EditRequest,
+    contexts: Sequence[str] = (),
+    *,
+    asides: bool = False,
+    mentions: bool = False,
 ) -> EncodedRequest:
     """Encode the bare prompt and one row per context.
 
@@ -64,6 +69,7 @@ def encode_request(
         contexts: texts with one {} each, where the prompt goes.
         asides: in every second context, put what stands before the {} of the next one behind the subject, in
             brackets, where a space follows the subject.
+        mentions: encode the subject alone behind each context as well.
 
     Raises:
         RequestError: the target has no tokens.
@@ -76,14 +82,15 @@ def encode_request(
             prompt = with_aside(prompt, contexts[index % len(contexts)])
         prompt_ids, subject = encode_prompt(tokenizer, prompt, request.subject, context)
         rows.append(TokenRow((*prompt_ids, *target[:-1]), subject, len(prompt_ids) - 1))
-    essence, *mentions = (
+    mentioned = [(BARE, context) for context in contexts] if mentions else []
+    essence, *alone = (
         TokenRow(tuple(prompt_ids), subject, subject).until_subject()
-        for prompt_ids, subject in [
-            encode_prompt(tokenizer, "{} is a", request.subject),
-            *(encode_prompt(tokenizer, BARE, request.subject, context) for context in contexts),
-        ]
+        for prompt_ids, subject in (
+            encode_prompt(tokenizer, prompt, request.subject, context)
+            for prompt, context in [("{} is a", BARE), *mentioned]
+        )
     )
-    return EncodedRequest(tuple(rows), essence, target, tuple(mentions))
+    return EncodedRequest(tuple(rows), essence, target, tuple(alone))
 
 
 def with_aside(prompt: str, context: str) -> str:
