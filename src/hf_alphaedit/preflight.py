@@ -204,20 +204,22 @@ def check_keys(
 ) -> PreflightReport:
     """The report with how near the keys are to each other and to earlier ones, what room is left, and what it takes.
 
-    Keys are those of the first edited layer: no edited weight lies before it, so they are the very keys that the edit
-    will use, and the pass ends there. Compared are filtered keys, which the update is solved for: an update at one of
-    them moves the other's value by their cosine, unless the solve takes both into account, at the price of a larger
-    norm. Source: the keys' Gram matrix in the update (paper, equation 14).
+    Keys are those of the last edited layer, which takes the largest part of an edit; what the batch itself will change
+    below is not in them yet. (In the lowest layers, keys say little more than which token ends the subject.) Compared
+    are filtered keys, which the update is solved for: an update at one of them moves the other's value by their
+    cosine, unless the solve takes both into account, at the price of a larger norm. Source: the keys' Gram matrix in
+    the update (paper, equation 14).
     """
     history, config = editor.history, editor.config
-    site = editor.sites()[0]
+    first, site = editor.sites()[0], editor.sites()[-1]
     contexts = history.contexts or config.context_templates or ()
     encoded = encode_requests(editor.tokenizer, requests, contexts, config)
     began = time.perf_counter()
     with inference_state(editor.model):
         walk = BatchWalk(editor.architecture, encoded)
+        walk.advance(first.layer, first.layer)
+        seconds = time.perf_counter() - began
         keys = over_contexts(walk.advance(site.layer, site.layer)[0], walk.weights)  # (n, c, d) -> (n, d)
-    seconds = time.perf_counter() - began
     if not torch.isfinite(keys).all():
         raise EditingError(f"the keys of {site.name} are not finite; the model's weights are damaged, load it again")
     filters = editor.filters()
