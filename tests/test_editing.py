@@ -134,7 +134,7 @@ def test_a_second_pass_gives_the_keys_of_the_first(family: str) -> None:
         torch.testing.assert_close(
             batch.batch.keys[architecture.site(layer).name], over_contexts(again, weights), rtol=1e-3, atol=1e-4
         )
-    assert (over_contexts(unedited - again, weights)).norm() > 0.01 * over_contexts(again, weights).norm()
+    assert over_contexts(unedited - again, weights).norm() > 0.01 * over_contexts(again, weights).norm()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

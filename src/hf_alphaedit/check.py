@@ -123,7 +123,7 @@ def check_model(editor: AlphaEditor) -> CheckReport:
         for site, shape in zip(sites, shapes, strict=True)
     )  # fmt: skip
     speed = tokens_per_second(architecture, layers[0])
-    encoded = encode_requests(editor.tokenizer, [EXAMPLE] * REQUESTS, CONTEXTS, config)
+    encoded = encode_requests(editor.tokenizer, [EXAMPLE], CONTEXTS, config) * REQUESTS
     tokens = 0 if editor.is_prepared else tokens_wanted(editor)
     share = parameters_of(architecture.blocks[: layers[-1] + 1]) / parameters_of(architecture.blocks[: layers[0] + 1])
     source = editor.history.base_model

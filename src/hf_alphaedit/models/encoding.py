@@ -82,15 +82,14 @@ def encode_request(
             prompt = with_aside(prompt, contexts[index % len(contexts)])
         prompt_ids, subject = encode_prompt(tokenizer, prompt, request.subject, context)
         rows.append(TokenRow((*prompt_ids, *target[:-1]), subject, len(prompt_ids) - 1))
-    mentioned = [(BARE, context) for context in contexts] if mentions else []
-    essence, *alone = (
-        TokenRow(tuple(prompt_ids), subject, subject).until_subject()
-        for prompt_ids, subject in (
-            encode_prompt(tokenizer, prompt, request.subject, context)
-            for prompt, context in [("{} is a", BARE), *mentioned]
-        )
-    )
+    essence = _until_subject(tokenizer, "{} is a", request.subject)
+    alone = [_until_subject(tokenizer, BARE, request.subject, context) for context in contexts if mentions]
     return EncodedRequest(tuple(rows), essence, target, tuple(alone))
+
+
+def _until_subject(tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str, context: str = BARE) -> TokenRow:
+    token_ids, last = encode_prompt(tokenizer, prompt, subject, context)
+    return TokenRow(tuple(token_ids), last, last).until_subject()
 
 
 def with_aside(prompt: str, context: str) -> str:
