@@ -84,7 +84,7 @@ def edit(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keys_and_values_are_those_of_plain_passes(family: str) -> None:
     architecture, requests = resolve_architecture(tiny_model(family)), encoded()
-    walk = BatchWalk(architecture, requests)
+    walk = BatchWalk(architecture, requests, (1, 2, 3))
     for layer in (1, 2, 3):  # later calls start from what the earlier ones stored
         keys, values = walk.advance(layer, 3)
         expected_keys, expected_values = plain(architecture, requests, layer, 3)

@@ -11,7 +11,7 @@ from hf_alphaedit.models.encoding import EncodedRequest
 # page faults. (Accelerators: `estimates.chunk_tokens`.)
 CPU_CHUNK = 1024
 # Tokens of a pass without gradients, on any device.
-WALK_CHUNK = 4096
+WALK_CHUNK = 2048
 CHUNK_COST = 64  # in tokens: what a pass takes however little it holds
 
 

@@ -22,7 +22,7 @@ from hf_alphaedit.errors import EditingError
 from hf_alphaedit.history import History
 from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import EncodedRequest, TokenRow
-from hf_alphaedit.models.walk import KeyWalk
+from hf_alphaedit.models.walk import KeyWalk, beginnings_can_be_shared
 from hf_alphaedit.requests import EditRequest
 from hf_alphaedit.targets import Targets, compute_targets
 
@@ -96,7 +96,7 @@ def edit_batch(
     updates: dict[str, LowRankUpdate] = {}
     kept_energy: dict[str, Tensor] = {}
     steps = torch.zeros(len(requests), dtype=torch.int64)
-    walk = BatchWalk(architecture, encoded)
+    walk = BatchWalk(architecture, encoded, config.layers or ())
     for layers in layer_groups(architecture, config.layers or ()):
         with watch.measuring("targets"):
             if compute is None:
@@ -155,14 +155,24 @@ def layer_groups(architecture: Architecture, layers: Sequence[int]) -> list[Sequ
 class BatchWalk:
     """Keys in every context, and current values on the bare prompt, layer after layer."""
 
-    def __init__(self, architecture: Architecture, requests: Sequence[EncodedRequest]) -> None:
+    def __init__(self, architecture: Architecture, requests: Sequence[EncodedRequest], layers: Sequence[int]) -> None:
+        """`layers` are those that the walk will visit, ascending."""
         self.weights = context_weights(len(requests[0].rows) - 1, len(requests[0].mentions))  # (c,)
         self.bare = _walks(architecture, [request.rows[0] for request in requests])
+        contexts = [row for one in requests for row in (*one.rows[1:], *one.mentions)]
+        # Rows of one context begin with the same tokens, whether the prompt follows or the subject alone.
+        groups = [group for one in requests for group in (*range(len(one.rows) - 1), *range(len(one.mentions)))]
+        shared = bool(contexts) and beginnings_can_be_shared(architecture, contexts, groups, layers)
         # Longest first, so that a chunk has little padding; `place` is where each row is then.
-        contexts = [row for request in requests for row in (*request.rows[1:], *request.mentions)]
-        order = sorted(range(len(contexts)), key=lambda index: -contexts[index].subject)
+        lengths = [
+            length
+            for one in requests
+            for length in (*[one.rows[0].subject] * (len(one.rows) - 1), *[one.essence.subject] * len(one.mentions))
+        ]
+        order = sorted(range(len(contexts)), key=lambda index: -lengths[index])
         self.place = torch.tensor(order, dtype=torch.long).argsort()
-        self.contexts = _walks(architecture, [contexts[index] for index in order])
+        ordered = [contexts[index] for index in order]
+        self.contexts = _walks(architecture, ordered, [groups[index] for index in order] if shared else None)
 
     def advance(self, layer: int, value_layer: int) -> tuple[Tensor, Tensor]:
         """Keys (n, c, d) at `layer` and current values (n, h) of `value_layer` on the bare prompt, both float32.
@@ -184,10 +194,13 @@ class BatchWalk:
         return torch.cat([values for values in parts if values is not None]).float()
 
 
-def _walks(architecture: Architecture, rows: Sequence[TokenRow]) -> list[KeyWalk]:
+def _walks(architecture: Architecture, rows: Sequence[TokenRow], groups: Sequence[int] | None = None) -> list[KeyWalk]:
     """The rows in chunks that are bounded by tokens; each keeps its own stored hidden states."""
     size = max(1, WALK_CHUNK // max((row.subject + 1 for row in rows), default=1))
-    return [KeyWalk(architecture, rows[start : start + size]) for start in range(0, len(rows), size)]
+    return [
+        KeyWalk(architecture, rows[start : start + size], groups and groups[start : start + size])
+        for start in range(0, len(rows), size)
+    ]
 
 
 def context_weights(contexts: int, mentions: int = 0) -> Tensor:

@@ -216,7 +216,7 @@ def check_keys(
     encoded = encode_requests(editor.tokenizer, requests, contexts, config)
     began = time.perf_counter()
     with inference_state(editor.model):
-        walk = BatchWalk(editor.architecture, encoded)
+        walk = BatchWalk(editor.architecture, encoded, [first.layer, site.layer])
         walk.advance(first.layer, first.layer)
         seconds = time.perf_counter() - began
         keys = over_contexts(walk.advance(site.layer, site.layer)[0], walk.weights)  # (n, c, d) -> (n, d)

@@ -47,7 +47,7 @@ class StoredRows:
         bare = counts.cumsum(0) - counts  # (n,)
         row_place = torch.arange(len(rows)) - bare[row_request]
         # Rows of one context begin with the same tokens.
-        aligned, values, _ = align_rows(architecture, rows, layer, cached=cached, groups=row_place.tolist())
+        aligned, values = align_rows(architecture, rows, layer, cached=cached, groups=row_place.tolist())
         return cls(requests, rows, row_request, row_place, aligned, values[bare.to(values.device)].float())
 
 

@@ -17,8 +17,9 @@ from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.errors import EditingError, UnsupportedModelError
 from hf_alphaedit.estimates import chunk_tokens
 from hf_alphaedit.models.architecture import Architecture
+from hf_alphaedit.models.beginnings import agree
 from hf_alphaedit.models.encoding import EncodedRequest, TokenRow
-from hf_alphaedit.models.forward import align_rows, resume_rows
+from hf_alphaedit.models.forward import align_rows, resume_rows, whole_logits
 from hf_alphaedit.models.hooks import grouped_attention, multiplies_bfloat16, products_in, replaced_forward
 from hf_alphaedit.models.rows import AlignedRows, prediction_positions
 from hf_alphaedit.processes import Processes
@@ -27,8 +28,6 @@ from hf_alphaedit.target_rows import RowLoss, StoredRows, all_rows, rows_per_ste
 
 
 logger = logging.getLogger(__name__)
-
-RESUME_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 
 @dataclass(frozen=True)
@@ -132,11 +131,11 @@ def attention_can_be_stored(architecture: Architecture, requests: Sequence[Encod
         UnsupportedModelError: neither way of resuming gives the logits of the whole pass.
     """
     rows, groups = _most_different(requests)
-    whole, _, reference = align_rows(architecture, rows, layer, cached=False)
+    reference = whole_logits(architecture, rows)
     if not torch.isfinite(reference).all():
         raise EditingError("the model's logits are not finite; its weights are damaged, or need dtype='float32'")
     for cached in (True, False):
-        aligned = align_rows(architecture, rows, layer, groups=groups)[0] if cached else whole
+        aligned, _ = align_rows(architecture, rows, layer, cached=cached, groups=groups)
         if _resumes(architecture, aligned, rows, layer, reference):
             return cached
     raise UnsupportedModelError(
@@ -187,8 +186,7 @@ def _resumes(architecture: Architecture, aligned: AlignedRows, rows: Sequence, l
             raise
         logger.info("stored attention states can't be used with this model (%s); rows run whole", error)
         return False
-    error = (logits.float() - reference.float()).norm() / reference.float().norm()
-    return bool(error < RESUME_TOLERANCE.get(reference.dtype, 5e-2))
+    return agree(logits, reference)
 
 
 def product_dtype(architecture: Architecture, config: AlphaEditConfig) -> torch.dtype | None:

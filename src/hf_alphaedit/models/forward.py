@@ -11,7 +11,6 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from hf_alphaedit.models.architecture import Architecture
+from hf_alphaedit.models.beginnings import Beginnings, cache_of, continued_rows, is_plain
 from hf_alphaedit.models.encoding import TokenRow
 from hf_alphaedit.models.hooks import on_input, on_output, stop_after
 from hf_alphaedit.models.rows import (
@@ -46,8 +46,8 @@ def align_rows(
     *,
     cached: bool = True,
     groups: Sequence[int] | None = None,
-) -> tuple[AlignedRows, Tensor, Tensor]:
-    """Run whole rows once and keep what later passes with a delta at `delta_layer` need.
+) -> tuple[AlignedRows, Tensor]:
+    """Run rows once, as far as a delta at `delta_layer` can't reach, and keep what later passes with it need.
 
     Args:
         architecture: the model's parts.
@@ -58,145 +58,102 @@ def align_rows(
         groups: one number per row; tokens that all rows of a group begin with run once for the group, if `cached`.
 
     Returns:
-        The rows, the values (B, h) at each row's subject, and the logits (p, vocabulary) of this pass at each row's
-        predictions (see `prediction_positions`).
+        The rows, and the values (B, h) at each row's subject.
     """
     if cached:
         try:
-            found = _run_split_rows(architecture, rows, delta_layer, groups or range(len(rows)))
+            split = _split_with_states(architecture, rows, groups or range(len(rows)))
+            if split is not None:
+                return _run_to_values(architecture, split, delta_layer)
         except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError) as error:
             if should_reduce_batch_size(error):
                 raise
             logger.info("%s can't keep plain attention states (%s)", type(architecture.model).__name__, error)
-            found = None
-        if found is not None:
-            return found
-    aligned = whole_rows(architecture, rows)
-    return _run_rows(architecture, rows, delta_layer, aligned, {"use_cache": False})
+    return _run_to_values(architecture, whole_rows(architecture, rows), delta_layer)
 
 
-def _run_split_rows(
-    architecture: Architecture, rows: Sequence[TokenRow], delta_layer: int, groups: Sequence[int]
-) -> tuple[AlignedRows, Tensor, Tensor] | None:
-    """See `align_rows`. None if some block's state isn't one attention key and value for each position."""
-    begun = _run_beginnings(architecture, rows, groups)
-    if begun is None:
+def _split_with_states(
+    architecture: Architecture, rows: Sequence[TokenRow], groups: Sequence[int]
+) -> AlignedRows | None:
+    """The rows split at the subject, with the attention states of what precedes it.
+
+    None if nothing does, or if some block's state isn't one attention key and value for each position.
+    """
+    split, before = split_rows(architecture, rows), max(row.subject for row in rows)  # P
+    beginnings = Beginnings.of(architecture, rows, groups)
+    common = [0] * len(rows) if beginnings is None else beginnings.lengths
+    preceding = [TokenRow(row.token_ids[: row.subject], row.subject, row.subject) for row in rows]
+    running = continued_rows(architecture, preceding, common)
+    shared, own = max(common), running.token_ids.shape[1]  # C, R
+    cache = DynamicCache()
+    if beginnings is not None:
+        states = _run_through(architecture, beginnings.aligned, {"past_key_values": cache, "use_cache": True})
+        if not is_plain(states, len(architecture.blocks), shared):
+            return None
+        cache = beginnings.for_rows(states)
+    if own:
+        positions = position_keywords(architecture, running.position_ids)
+        _run_through(architecture, running, {"past_key_values": cache, "use_cache": True, **positions})
+    if not is_plain(cache.layers, len(architecture.blocks), before and shared + own):
         return None
-    cache, common = begun
-    shared = max(common)  # C columns, padded on the right
-    own = max(row.subject - length for row, length in zip(rows, common, strict=True))  # R columns, padded on the left
-    before = max(row.subject for row in rows)  # P
-    split = split_rows(architecture, rows)
-    device, width = split.token_ids.device, split.token_ids.shape[1]  # S
-    token_ids = torch.zeros(len(rows), own + width, dtype=torch.long)  # (B, R + S)
-    attention_mask = torch.zeros(len(rows), shared + own + width, dtype=torch.long)  # (B, C + R + S)
-    column = torch.zeros(len(rows), before, dtype=torch.long)  # (B, P) where each token before the subject has run
+    column = torch.zeros(len(rows), before, dtype=torch.long)  # (B, P) where each token has run
     for index, (row, length) in enumerate(zip(rows, common, strict=True)):
-        rest = row.token_ids[length:]
-        start = own - (row.subject - length)
-        token_ids[index, start : start + len(rest)] = torch.tensor(rest)
-        attention_mask[index, :length] = 1
-        attention_mask[index, shared + start : shared + start + len(rest)] = 1
-        ran_at = [*range(length), *range(shared + start, shared + own)]
+        ran_at = [*range(length), *range(shared + own - (row.subject - length), shared + own)]
         column[index, before - row.subject :] = torch.tensor(ran_at, dtype=torch.long)
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp_min(0)[:, shared:]  # (B, R + S)
-    running = replace(
-        split, token_ids=token_ids.to(device), attention_mask=attention_mask.to(device),
-        position_ids=position_ids.to(device), subject=split.subject + own,
-    )  # fmt: skip
-    keywords = {
-        "past_key_values": cache, "use_cache": True, **position_keywords(architecture, running.position_ids)
-    }  # fmt: skip
-    found, values, logits = _run_rows(architecture, rows, delta_layer, running, keywords)
-    if not _is_plain(cache, len(architecture.blocks), shared + own + width):
-        return None
     padding = split.attention_mask[:, :before, None, None] == 0  # (B, P, 1, 1)
 
-    def before_subject(states: Tensor) -> Tensor:  # (B, heads, C + R + S, size) -> (B, heads, P, size)
+    def before_subject(states: Tensor) -> Tensor:  # (B, heads, C + R, size) -> (B, heads, P, size)
         picked = states.transpose(1, 2)[torch.arange(len(rows))[:, None], column]  # (B, P, heads, size)
         # Padded positions are masked, but a NaN in them would survive a zero attention weight.
         return picked.masked_fill(padding.to(states.device), 0).transpose(1, 2).contiguous()
 
-    aligned = replace(
+    return replace(
         split,
-        entry=None if found.entry is None else found.entry[:, own:].clone(),
         attention_keys=tuple(before_subject(layer.keys) for layer in cache.layers),
         attention_values=tuple(before_subject(layer.values) for layer in cache.layers),
-        block_form=found.block_form,
     )
-    return aligned, values, logits
 
 
-def _run_beginnings(
-    architecture: Architecture, rows: Sequence[TokenRow], groups: Sequence[int]
-) -> tuple[DynamicCache, list[int]] | None:
-    """Attention states (B, heads, C, size) of what each row's group begins with, and how many tokens that are.
-
-    None if the states aren't plain.
-    """
-    members: dict[int, list[tuple[int, ...]]] = {}
-    for row, group in zip(rows, groups, strict=True):
-        members.setdefault(group, []).append(row.token_ids[: row.subject])
-    beginnings = {group: commonprefix(found) if len(found) > 1 else () for group, found in members.items()}
-    common = [len(beginnings[group]) for group in groups]
-    cache = DynamicCache()
-    if not any(common):
-        return cache, common
-    order = {group: index for index, group in enumerate(beginnings)}
-    token_ids = torch.zeros(len(order), max(common), dtype=torch.long)  # (groups, C)
-    attention_mask = torch.zeros_like(token_ids)
-    attention_mask[:, 0] = 1  # nothing at all can't be attended to
-    for group, beginning in beginnings.items():
-        token_ids[order[group], : len(beginning)] = torch.tensor(beginning, dtype=torch.long)
-        attention_mask[order[group], : len(beginning)] = 1
-    device = architecture.input_device
+def _run_through(architecture: Architecture, aligned: AlignedRows, keywords: dict[str, Any]) -> list[DynamicLayer]:
+    """Run all blocks, but not the head; the layers of the cache that is among the `keywords`."""
     with stop_after(architecture.blocks[-1]):
-        architecture.model(
-            input_ids=token_ids.to(device), attention_mask=attention_mask.to(device), past_key_values=cache,
-            use_cache=True,
-        )  # fmt: skip
-    if not _is_plain(cache, len(architecture.blocks), max(common)):
-        return None
-    row_group = torch.tensor([order[group] for group in groups])
-    for layer in cache.layers:
-        layer.keys, layer.values = (
-            states.index_select(0, row_group.to(states.device)) for states in (layer.keys, layer.values)
-        )
-    return cache, common
+        architecture.model(input_ids=aligned.token_ids, attention_mask=aligned.attention_mask, **keywords)
+    return keywords["past_key_values"].layers
 
 
-def _is_plain(cache: DynamicCache, count: int, length: int) -> bool:
-    """Whether `cache` holds a key and a value of every one of `length` positions for `count` blocks."""
-    lengths = [layer.keys.shape[-2] if type(layer) is DynamicLayer else 0 for layer in cache.layers]
-    return len(lengths) == count and set(lengths) == {length}
-
-
-def _run_rows(
-    architecture: Architecture, rows: Sequence[TokenRow], delta_layer: int, aligned: AlignedRows, keywords: dict
-) -> tuple[AlignedRows, Tensor, Tensor]:
-    """One pass: `aligned` with what enters the first block to run, values (B, h) and logits (p, vocabulary)."""
-    first_block = architecture.resume_block(delta_layer)
+def _run_to_values(architecture: Architecture, aligned: AlignedRows, delta_layer: int) -> tuple[AlignedRows, Tensor]:
+    """Run up to the value module: `aligned` with what enters the first block to run again, and the values (B, h)."""
+    first_block, value_module = architecture.resume_block(delta_layer), architecture.value_module(delta_layer)
     entry: list[Tensor] = []
     values: list[Tensor] = []
     form: list[tuple[type, int]] = []
-    value_index = (torch.arange(len(rows), device=aligned.subject.device), aligned.subject)
+    count = len(aligned.subject)
+    subject = (torch.arange(count, device=aligned.subject.device), aligned.subject)
     with ExitStack() as stack:
-        value_module = architecture.value_module(delta_layer)
-        stack.enter_context(
-            on_output(value_module, lambda hidden: values.append(at_positions(by_row(hidden, len(rows)), value_index)))
-        )
         if first_block:
             skipped = architecture.blocks[first_block - 1]
             stack.enter_context(on_output(skipped, lambda hidden: entry.append(hidden.clone())))
             handle = skipped.register_forward_hook(lambda _, __, output: form.append(form_of_output(output)))
             stack.callback(handle.remove)
-        logits = _logits(
-            architecture, prediction_positions(rows, aligned.subject), input_ids=aligned.token_ids,
-            attention_mask=aligned.attention_mask, **keywords,
-        )  # fmt: skip
+        stack.enter_context(
+            on_output(value_module, lambda hidden: values.append(at_positions(by_row(hidden, count), subject)))
+        )
+        with stop_after(value_module):
+            architecture.model(
+                input_ids=aligned.token_ids,
+                attention_mask=aligned.attention_mask,
+                **_continuing(architecture, aligned),
+            )
     if first_block:
         aligned = replace(aligned, entry=entry[0], block_form=form[0])
-    return aligned, values[0], logits
+    return aligned, values[0]
+
+
+@torch.no_grad()
+def whole_logits(architecture: Architecture, rows: Sequence[TokenRow]) -> Tensor:
+    """The logits (p, vocabulary) of whole rows at their predictions (see `prediction_positions`)."""
+    aligned = whole_rows(architecture, rows)
+    return _logits(architecture, aligned, prediction_positions(rows, aligned.subject))
 
 
 def resume_rows(
@@ -226,32 +183,26 @@ def resume_rows(
         changed = aside.index_put(index, delta.to(hidden.device, hidden.dtype), accumulate=True)
         return changed.view_as(hidden)
 
-    keywords: dict[str, Any] = {"use_cache": False}
-    if aligned.attention_keys:
-        keywords = {"past_key_values": _cache_of(aligned), "use_cache": True}
-        keywords |= position_keywords(architecture, aligned.position_ids)
     with (
         skipped_blocks(architecture, aligned, architecture.resume_block(delta_layer)),
         on_output(architecture.value_module(delta_layer), add_delta),
     ):
-        return _logits(
-            architecture, positions, input_ids=aligned.token_ids, attention_mask=aligned.attention_mask,
-            **keywords,
-        )  # fmt: skip
+        return _logits(architecture, aligned, positions)
 
 
-def _logits(architecture: Architecture, positions: tuple[Tensor, Tensor], **inputs: Any) -> Tensor:
+def _logits(architecture: Architecture, aligned: AlignedRows, positions: tuple[Tensor, Tensor]) -> Tensor:
     """The model's logits (p, vocabulary) at (row, column) positions; the head runs on these alone."""
     with on_input(architecture.head, lambda hidden: at_positions(hidden, positions)[None]):  # (B, S, h) -> (1, p, h)
-        return architecture.model(**inputs).logits[0]
+        output = architecture.model(
+            input_ids=aligned.token_ids, attention_mask=aligned.attention_mask, **_continuing(architecture, aligned)
+        )
+    return output.logits[0]
 
 
-def _cache_of(aligned: AlignedRows) -> DynamicCache:
-    """A fresh cache that holds the stored states without copying them (an update makes new tensors)."""
-    cache = DynamicCache()
-    for keys, values in zip(aligned.attention_keys, aligned.attention_values, strict=True):
-        layer = DynamicLayer()
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        cache.layers.append(layer)
-    return cache
+def _continuing(architecture: Architecture, aligned: AlignedRows) -> dict[str, Any]:
+    """Keywords for a pass that continues from the stored attention states, if there are any."""
+    if not aligned.attention_keys:
+        return {"use_cache": False}
+    states = zip(aligned.attention_keys, aligned.attention_values, strict=True)
+    positions = position_keywords(architecture, aligned.position_ids)
+    return {"past_key_values": cache_of(states), "use_cache": True, **positions}

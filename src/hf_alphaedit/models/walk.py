@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from hf_alphaedit.models.architecture import Architecture
+from hf_alphaedit.models.beginnings import Beginnings, agree, continued_rows, is_plain
 from hf_alphaedit.models.encoding import TokenRow
 from hf_alphaedit.models.hooks import on_input, on_output, stop_after
 from hf_alphaedit.models.keys import captured_keys, side_by_side
 from hf_alphaedit.models.rows import (
+    AlignedRows,
     at_positions,
     by_row,
     form_of_output,
+    position_keywords,
     skipped_blocks,
     whole_rows,
 )
+
+
+logger = logging.getLogger(__name__)
 
 
 class KeyWalk:
@@ -27,43 +37,104 @@ class KeyWalk:
 
     The rows end at the subject's last token. Each call of `advance` starts from the stored input of the layer it was
     called for last and stops at the layer whose output is the value, or, if no values are wanted, behind the key, so
-    nothing that can't have changed runs twice.
+    nothing that can't have changed runs twice. What the rows of a group begin with runs once for the group.
     """
 
-    def __init__(self, architecture: Architecture, rows: Sequence[TokenRow]) -> None:
+    def __init__(
+        self, architecture: Architecture, rows: Sequence[TokenRow], groups: Sequence[int] | None = None
+    ) -> None:
+        """With `groups`, one number per row, the tokens that a group begins with are shared.
+
+        That takes a model for which `beginnings_can_be_shared`.
+        """
         rows = [row.until_subject() for row in rows]
         self.architecture = architecture
-        self.aligned = whole_rows(architecture, rows)
+        self.beginnings = None if groups is None else Beginnings.of(architecture, rows, groups)
+        if self.beginnings is None:
+            self.aligned = whole_rows(architecture, rows)
+        else:
+            self.begun = self.beginnings.aligned
+            self.aligned = continued_rows(architecture, rows, self.beginnings.lengths)
+        self.states: list[DynamicLayer] = []  # of the beginnings, for every block that has run
         self.first_block = 0
 
     @torch.no_grad()
     def advance(self, layer: int, value_layer: int | None) -> tuple[Tensor, Tensor | None]:
         """Keys (B, d) that enter `layer`'s down-projection, and values (B, h) at `value_layer`'s value module."""
-        architecture, aligned = self.architecture, self.aligned
-        rows = torch.arange(len(aligned.subject), device=aligned.subject.device)
+        architecture = self.architecture
+        subject = self.aligned.subject
+        rows = torch.arange(len(subject), device=subject.device)
 
         def at_subject(hidden: Tensor) -> Tensor:
-            return at_positions(by_row(hidden.detach(), len(rows)), (rows, aligned.subject))
+            return at_positions(by_row(hidden.detach(), len(rows)), (rows, subject))
 
         def keep_value(hidden: Tensor) -> None:
             values.append(at_subject(hidden))
 
         values: list[Tensor] = []
-        inputs: list[Tensor] = []
-        form: list[tuple[type, int]] = [aligned.block_form]
         site = architecture.site(layer)
         stop = site.module if value_layer is None else architecture.value_module(value_layer)
+        keywords = {"use_cache": False} if self.beginnings is None else self._begin(self.beginnings, layer, stop)
         with (
-            skipped_blocks(architecture, aligned, self.first_block),
             captured_keys([site], at_subject) as keys,
-            on_input(architecture.blocks[layer], lambda hidden: inputs.append(hidden.detach().clone())),
             nullcontext() if value_layer is None else on_output(stop, keep_value),
-            _form_of(architecture.blocks[max(layer - 1, 0)], form),
+        ):
+            self.aligned = self._pass(self.aligned, layer, stop, keywords)
+        self.first_block = layer
+        return side_by_side(site, keys[site.name], len(rows)), None if value_layer is None else values[0]
+
+    def _begin(self, beginnings: Beginnings, layer: int, stop: torch.nn.Module) -> dict[str, Any]:
+        """Run the beginnings as far as the rows are about to run; keywords for a pass that continues from them."""
+        cache = DynamicCache()
+        self.begun = self._pass(self.begun, layer, stop, {"past_key_values": cache, "use_cache": True})
+        # Blocks below don't run again; what is kept of them only says how many positions there are.
+        self.states[self.first_block :] = cache.layers[self.first_block :]
+        return {
+            "past_key_values": beginnings.for_rows(self.states), "use_cache": True,
+            **position_keywords(self.architecture, self.aligned.position_ids),
+        }  # fmt: skip
+
+    def _pass(self, aligned: AlignedRows, layer: int, stop: torch.nn.Module, keywords: dict[str, Any]) -> AlignedRows:
+        """Run from the first block that can have changed to `stop`; `aligned` with what entered `layer`."""
+        blocks = self.architecture.blocks
+        inputs: list[Tensor] = []
+        form: list[tuple[type, int]] = [aligned.block_form]
+        with (
+            skipped_blocks(self.architecture, aligned, self.first_block),
+            on_input(blocks[layer], lambda hidden: inputs.append(hidden.detach().clone())),
+            _form_of(blocks[max(layer - 1, 0)], form),
             stop_after(stop),
         ):
-            architecture.model(input_ids=aligned.token_ids, attention_mask=aligned.attention_mask, use_cache=False)
-        self.aligned, self.first_block = replace(aligned, entry=inputs[0], block_form=form[-1]), layer
-        return side_by_side(site, keys[site.name], len(rows)), None if value_layer is None else values[0]
+            self.architecture.model(input_ids=aligned.token_ids, attention_mask=aligned.attention_mask, **keywords)
+        return replace(aligned, entry=inputs[0], block_form=form[-1])
+
+
+def beginnings_can_be_shared(
+    architecture: Architecture, rows: Sequence[TokenRow], groups: Sequence[int], layers: Sequence[int]
+) -> bool:
+    """Whether rows that continue from a shared beginning have the keys of whole rows, to rounding.
+
+    Found out by walking both ways over the first and the last of `layers` with the rows of one group whose subjects
+    end first and last: they are shifted against each other the most. False for families that keep other states than
+    plain attention keys and values.
+    """
+    members = [row for row, group in zip(rows, groups, strict=True) if group == groups[0]]
+    ordered = sorted(members, key=lambda row: row.subject)
+    pair, ends = [ordered[-1], ordered[0]], (layers[0], layers[-1])
+    try:
+        shared = KeyWalk(architecture, pair, [0, 0])
+        if shared.beginnings is None:
+            return False
+        found = [shared.advance(layer, None)[0] for layer in ends]
+        if not is_plain(shared.states, len(shared.states), shared.begun.token_ids.shape[1]):
+            return False
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError) as error:
+        if should_reduce_batch_size(error):
+            raise
+        logger.info("%s can't continue from shared beginnings (%s)", type(architecture.model).__name__, error)
+        return False
+    whole = KeyWalk(architecture, pair)
+    return all(agree(keys, whole.advance(layer, None)[0]) for layer, keys in zip(ends, found, strict=True))
 
 
 @contextmanager
