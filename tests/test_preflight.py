@@ -129,3 +129,15 @@ def test_apply_edits_reports_warnings_unless_told_not_to() -> None:
     assert "warning: " in str(report)
     editor.undo_all()
     assert editor.apply_edits(contradiction, preflight=False).warnings == ()
+
+
+@pytest.mark.parametrize("contexts", [("The river runs. {}", "They said so. {}"), ()])
+def test_massive_activations_at_a_subject_are_named(contexts: tuple[str, ...]) -> None:
+    editor = tiny_editor(context_templates=contexts)
+    requests = [EditRequest("{} plays", "Ada", "music"), *REQUESTS]
+    assert not any("massive" in text for text in editor.preflight(requests).warnings)
+    token_ids, place = encode_prompt(editor.tokenizer, "{} plays", "Ada")
+    with torch.no_grad():  # as some models treat a text's first token
+        editor.model.get_input_embeddings().weight[token_ids[place]] *= 1000
+    (warning,) = (text for text in editor.preflight(requests).warnings if "massive" in text)
+    assert warning.startswith("request 0, 'Ada plays': at the subject's last token the hidden state is ")

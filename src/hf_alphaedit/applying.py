@@ -18,7 +18,8 @@ from hf_alphaedit.gate import Gate
 from hf_alphaedit.models.encoding import EncodedRequest
 from hf_alphaedit.models.hooks import inference_state
 from hf_alphaedit.outcomes import measure, report_of
-from hf_alphaedit.preflight import check_keys, check_texts, with_known_facts
+from hf_alphaedit.preflight import check_texts, with_known_facts
+from hf_alphaedit.preflight_keys import check_keys
 from hf_alphaedit.records import Record, as_record, as_requests
 from hf_alphaedit.report import EditReport
 from hf_alphaedit.requests import EditRequest

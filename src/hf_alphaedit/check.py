@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import has_offloaded_params
 
 from hf_alphaedit.contexts import encode_requests
-from hf_alphaedit.estimates import editing_memory, editing_seconds, parameters_of
+from hf_alphaedit.estimates import editing_memory, editing_seconds
 from hf_alphaedit.filters import tokens_wanted
 from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.hooks import inference_state, stop_after
@@ -122,14 +122,13 @@ def check_model(editor: AlphaEditor) -> CheckReport:
         )
         for site, shape in zip(sites, shapes, strict=True)
     )  # fmt: skip
-    speed = tokens_per_second(architecture, layers[0])
+    speed = tokens_per_second(architecture, layers[-1])
     encoded = encode_requests(editor.tokenizer, [EXAMPLE], CONTEXTS, config) * REQUESTS
     tokens = 0 if editor.is_prepared else tokens_wanted(editor)
-    share = parameters_of(architecture.blocks[: layers[-1] + 1]) / parameters_of(architecture.blocks[: layers[0] + 1])
     source = editor.history.base_model
     return CheckReport(
         f"{type(editor.model).__name__}{f' ({source})' if source else ''}", len(architecture.blocks), checks,
-        rule_of(architecture, layers), config.source, tokens, tokens * share / speed,
+        rule_of(architecture, layers), config.source, tokens, tokens / speed,
         editing_seconds(editor, encoded, speed), editing_memory(editor, encoded),
     )  # fmt: skip
 

@@ -193,6 +193,20 @@ class BatchWalk:
         parts = [walk.advance(layer, layer)[1] for walk in self.bare]
         return torch.cat([values for values in parts if values is not None]).float()
 
+    def relative_norms(self) -> Tensor:
+        """(n,) the norm of the state at each prompt's subject, divided by the median over all tokens of all rows.
+
+        Of the hidden states that entered the layer that `advance` was called for last, with the subject's last token.
+        """
+        subjects, everything = [], []
+        for walk in (*self.bare, *self.contexts):
+            norms = walk.entry.float().norm(dim=-1).cpu()  # (B, S)
+            mask = walk.aligned.attention_mask[:, -norms.shape[1] :].bool().cpu()
+            everything.append(norms[mask])
+            if walk in self.bare:
+                subjects.append(norms[torch.arange(len(norms)), walk.aligned.subject.cpu()])
+        return torch.cat(subjects) / torch.cat(everything).median()
+
 
 def _walks(architecture: Architecture, rows: Sequence[TokenRow], groups: Sequence[int] | None = None) -> list[KeyWalk]:
     """The rows in chunks that are bounded by tokens; each keeps its own stored hidden states."""

@@ -34,26 +34,28 @@ def parameters_of(modules: Iterable[nn.Module]) -> int:
 
 
 def editing_seconds(editor: AlphaEditor, encoded: Sequence[EncodedRequest], tokens_per_second: float) -> float:
-    """Seconds for one batch, given how fast tokens went through the blocks up to the first edited layer.
+    """Seconds for one batch, given how fast tokens went through the blocks up to the last edited layer.
 
     Multiplications per parameter and token decide: one forward and one backward pass from the last edited layer on
-    for each step of the target search, and for each edited layer a pass over contexts and prompt.
+    for each step of the target search, and the walk over the edited layers, in which prompts run to the last of them
+    each time, and contexts from one to the next.
     """
     layers, blocks = [site.layer for site in editor.sites()], editor.architecture.blocks
-    rate = tokens_per_second * parameters_of(blocks[: layers[0] + 1])  # parameter-tokens in a second
+    edited = parameters_of(blocks[layers[0] : layers[-1] + 1])
+    below = parameters_of(blocks[: layers[0]])
+    rate = tokens_per_second * (below + edited)  # parameter-tokens in a second
     above = parameters_of(blocks[editor.architecture.resume_block(layers[-1]) :])
     head = parameters_of([editor.architecture.head])
-    tokens = positions = passes = 0
+    tokens = positions = prompts = contexts = 0
     for request in encoded:
         suffixes = [len(row.token_ids) - row.subject for row in request.rows]
         rows = rows_per_step(request, editor.config)  # '<subject> is a' is one of them
         tokens += sum(suffixes) / len(suffixes) * (rows - 1) + 1
         positions += (rows - 1) * len(request.target) + 1
-        passes += sum(row.subject + 1 for row in (*request.rows, *request.mentions))
+        prompts += request.rows[0].subject + 1
+        contexts += sum(row.subject + 1 for row in (*request.rows[1:], *request.mentions))
     step = 2 * (above * tokens + head * positions)  # a backward pass without weight gradients costs a forward pass
-    walk = passes * parameters_of(blocks[: layers[-1] + 1]) + passes * len(layers) * parameters_of(
-        blocks[layers[0] : layers[-1] + 1]
-    )
+    walk = (prompts + contexts) * below + (prompts * (len(layers) + 1) / 2 + contexts * 2) * edited
     return (editor.config.value_steps * step + walk) / rate
 
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.contexts import encode_requests
-from hf_alphaedit.editing import BatchWalk, over_contexts
-from hf_alphaedit.errors import EditingError, RequestError
-from hf_alphaedit.estimates import editing_memory, editing_seconds
+from hf_alphaedit.errors import RequestError
 from hf_alphaedit.evaluation.scoring import score
 from hf_alphaedit.history import History
 from hf_alphaedit.models.encoding import EncodedRequest
-from hf_alphaedit.models.hooks import inference_state
 from hf_alphaedit.outcomes import NEW_TOKENS
+from hf_alphaedit.preflight_keys import SIMILAR, check_keys
 from hf_alphaedit.preflight_report import PreflightReport, RequestCheck
 from hf_alphaedit.records import Record, as_requests
 from hf_alphaedit.requests import EditRequest
@@ -29,12 +23,8 @@ from hf_alphaedit.requests import EditRequest
 if TYPE_CHECKING:
     from hf_alphaedit.editor import AlphaEditor
 
-# Cosine of two filtered keys from which on an edit is likely to disturb the other one.
-SIMILAR = 0.9
 # Targets of more tokens are rarely said whole: one vector has to carry all of them.
 LONG_TARGET = 12
-# Share of the null space's directions that edits may use before it counts as filling up.
-FULL = 0.5
 
 
 def preflight(
@@ -43,7 +33,7 @@ def preflight(
     """Look for everything that could go wrong with `requests`; nothing is changed.
 
     Costs the encoding of the texts, one forward pass of the prompts for what the model says now and, if the second
-    moments are there, one that ends at the first edited layer for the keys. Texts that can't be used are listed in the
+    moments are there, one that ends at the last edited layer for the keys. Texts that can't be used are listed in the
     report's `errors`; only a list that isn't one raises.
 
     Args:
@@ -193,94 +183,6 @@ def with_known_facts(report: PreflightReport, exact: Sequence[bool]) -> Prefligh
     known = [index for index, check in enumerate(checks) if check.already_true]
     note = f"the model says the new target already for request(s) {known}" if known else None
     return replace(report, checks=checks, warnings=(*report.warnings, *([note] if note else [])))
-
-
-def check_keys(
-    editor: AlphaEditor,
-    requests: Sequence[EditRequest],
-    report: PreflightReport,
-    *,
-    similarity: float = SIMILAR,
-) -> PreflightReport:
-    """The report with how near the keys are to each other and to earlier ones, what room is left, and what it takes.
-
-    Keys are those of the last edited layer, which takes the largest part of an edit; what the batch itself will change
-    below is not in them yet. (In the lowest layers, keys say little more than which token ends the subject.) Compared
-    are filtered keys, which the update is solved for: an update at one of them moves the other's value by their
-    cosine, unless the solve takes both into account, at the price of a larger norm. Source: the keys' Gram matrix in
-    the update (paper, equation 14).
-    """
-    history, config = editor.history, editor.config
-    first, site = editor.sites()[0], editor.sites()[-1]
-    contexts = history.contexts or config.context_templates or ()
-    encoded = encode_requests(editor.tokenizer, requests, contexts, config)
-    began = time.perf_counter()
-    with inference_state(editor.model):
-        walk = BatchWalk(editor.architecture, encoded, [first.layer, site.layer])
-        walk.advance(first.layer, first.layer)
-        seconds = time.perf_counter() - began
-        keys = over_contexts(walk.advance(site.layer, site.layer)[0], walk.weights)  # (n, c, d) -> (n, d)
-    if not torch.isfinite(keys).all():
-        raise EditingError(f"the keys of {site.name} are not finite; the model's weights are damaged, load it again")
-    filters = editor.filters()
-    directions = _directions(filters[site.name].root(keys.cpu()))  # (n, d)
-    past = history.past_keys(site.name)
-    others = directions if past is None else torch.cat([directions, _directions(past)])  # (n + p, d)
-    cosines = directions @ others.T  # (n, n + p)
-    cosines.fill_diagonal_(-1)
-    nearest = cosines.max(1)
-    labels = [request.text for request in requests] + _labels(history, site.name)
-    checks, warnings = [], list(report.warnings)
-    for index, check in enumerate(report.checks):
-        value, place = float(nearest.values[index]), int(nearest.indices[index])
-        if len(labels) < 2:
-            checks.append(check)
-            continue
-        checks.append(replace(check, similarity=value, nearest=labels[place]))
-        mutual = place < len(requests) and int(nearest.indices[place]) == index
-        if value >= similarity and not (mutual and place < index):  # a pair is named once
-            what = f"request {place}" if place < len(requests) else "an earlier edit"
-            warnings.append(
-                f"request {index}, {check.text!r}: its key is nearly that of {what}, {labels[place]!r} (cosine "
-                f"{value:.2f}); each may undo the other"
-            )
-    free = {name: spectral_filter.null_rank for name, spectral_filter in filters.items()}
-    warnings += _filling_up(config, len(history) + len(requests), free)
-    rows = [row for one in encoded for row in (*one.rows, *one.mentions)]
-    rate = sum(len(row.until_subject().token_ids) for row in rows) / max(seconds, 1e-9)
-    return replace(
-        report,
-        checks=tuple(checks),
-        warnings=tuple(warnings),
-        free_directions=free,
-        seconds=editing_seconds(editor, encoded, rate),
-        memory=editing_memory(editor, encoded),
-    )
-
-
-def _directions(filtered: Tensor) -> Tensor:
-    """(n, d) rows of norm 1; zero rows stay zero."""
-    return torch.nn.functional.normalize(filtered.float(), dim=-1)
-
-
-def _labels(history: History, site_name: str) -> list[str]:
-    """A name for every row of `history.past_keys(site_name)`."""
-    return [
-        label
-        for batch in history.batches
-        if site_name in batch.keys
-        for label in [*(request.text for request in batch.requests), *["(text withheld)"] * batch.withheld]
-    ]
-
-
-def _filling_up(config: AlphaEditConfig, edits: int, free: Mapping[str, int]) -> list[str]:
-    name = min(free, key=lambda site: free[site])
-    if not config.use_history or edits <= FULL * free[name]:
-        return []
-    return [
-        f"after this, {edits} edits share the {free[name]} free directions of {name}; expect earlier edits to fade, "
-        "raise energy_share or start from a fresh model"
-    ]
 
 
 def _shortened(text: str, limit: int = 60) -> str:

@@ -83,6 +83,13 @@ class KeyWalk:
         self.first_block = layer
         return side_by_side(site, keys[site.name], len(rows)), None if value_layer is None else values[0]
 
+    @property
+    def entry(self) -> Tensor:
+        """Hidden states (B, S, h) of these rows that entered the layer that `advance` was called for last."""
+        if self.aligned.entry is None:
+            raise ValueError("the walk hasn't begun: call advance first")
+        return by_row(self.aligned.entry, len(self.aligned.subject))
+
     def _begin(self, beginnings: Beginnings, layer: int, stop: torch.nn.Module) -> dict[str, Any]:
         """Run the beginnings as far as the rows are about to run; keywords for a pass that continues from them."""
         cache = DynamicCache()
