@@ -4,7 +4,9 @@ import random
 import re
 from collections.abc import Callable
 from functools import cache
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -330,3 +332,12 @@ def test_a_heavier_history_moves_earlier_keys_less() -> None:
         update = later.updates[site]
         moved.append((earlier.keys[site] @ update.inputs.T @ update.outputs).norm())  # Δ k / √λ: inputs lie in P
     assert moved[1] < 0.1 * moved[0]
+
+
+def test_the_reports_time_is_that_of_both_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor, ticks = tiny_editor(), count()
+    editor.filters()
+    monkeypatch.setattr("hf_alphaedit.editing.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    seconds = editor.apply_edits(REQUESTS, preflight=False).seconds
+    assert seconds["report"] == 2  # one tick passes inside a block: before and after the edit
+    assert seconds["targets"] == 1

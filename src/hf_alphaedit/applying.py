@@ -97,6 +97,7 @@ def apply_edits(
         gone = [index for index in range(len(wanted)) if index not in set(kept)]
         report = replace(
             report,
+            seconds=dict(watch.seconds),
             warnings=checks.warnings if checks is not None else (),
             dropped=tuple({**wanted[i].to_dict(), "before": before[i].text, "after": after[i].text} for i in gone),
         )

@@ -193,19 +193,19 @@ class BatchWalk:
         parts = [walk.advance(layer, layer)[1] for walk in self.bare]
         return torch.cat([values for values in parts if values is not None]).float()
 
-    def relative_norms(self) -> Tensor:
-        """(n,) the norm of the state at each prompt's subject, divided by the median over all tokens of all rows.
+    def entered(self) -> tuple[Tensor, float]:
+        """Norms of the hidden states that entered the layer which `advance` was called for last.
 
-        Of the hidden states that entered the layer that `advance` was called for last, with the subject's last token.
+        Returns:
+            (n,) those at the prompts' subjects, and the median over all tokens of all rows.
         """
         subjects, everything = [], []
         for walk in (*self.bare, *self.contexts):
             norms = walk.entry.float().norm(dim=-1).cpu()  # (B, S)
             mask = walk.aligned.attention_mask[:, -norms.shape[1] :].bool().cpu()
             everything.append(norms[mask])
-            if walk in self.bare:
-                subjects.append(norms[torch.arange(len(norms)), walk.aligned.subject.cpu()])
-        return torch.cat(subjects) / torch.cat(everything).median()
+            subjects.append(norms[torch.arange(len(norms)), walk.aligned.subject.cpu()])
+        return torch.cat(subjects[: len(self.bare)]), float(torch.cat(everything).median())
 
 
 def _walks(architecture: Architecture, rows: Sequence[TokenRow], groups: Sequence[int] | None = None) -> list[KeyWalk]:

@@ -54,7 +54,7 @@ def check_keys(
     began = time.perf_counter()
     with inference_state(editor.model):
         walk = BatchWalk(editor.architecture, encoded, [site.layer])
-        in_contexts, _ = walk.advance(site.layer, site.layer)  # (n, c, d)
+        in_contexts, values = walk.advance(site.layer, site.layer)  # (n, c, d), (n, h)
         seconds = time.perf_counter() - began
     keys = over_contexts(in_contexts, walk.weights)  # (n, d)
     if not torch.isfinite(keys).all():
@@ -83,7 +83,10 @@ def check_keys(
             )
     free = {name: spectral_filter.null_rank for name, spectral_filter in filters.items()}
     warnings += _filling_up(config, len(history) + len(requests), free)
-    warnings += _massive(requests, walk.relative_norms())
+    norms, usual = walk.entered()  # (n,)
+    if editor.architecture.additive:  # then the values are the states that leave the layer
+        norms = torch.maximum(norms, values.cpu().norm(dim=-1))
+    warnings += _massive(requests, norms / usual)
     rows = [row for one in encoded for row in (*one.rows, *one.mentions)]
     rate = sum(len(row.until_subject().token_ids) for row in rows) / max(seconds, 1e-9)
     return replace(
