@@ -159,20 +159,21 @@ class BatchWalk:
         """`layers` are those that the walk will visit, ascending."""
         self.weights = context_weights(len(requests[0].rows) - 1, len(requests[0].mentions))  # (c,)
         self.bare = _walks(architecture, [request.rows[0] for request in requests])
-        contexts = [row for one in requests for row in (*one.rows[1:], *one.mentions)]
         # Rows of one context begin with the same tokens, whether the prompt follows or the subject alone.
-        groups = [group for one in requests for group in (*range(len(one.rows) - 1), *range(len(one.mentions)))]
-        shared = bool(contexts) and beginnings_can_be_shared(architecture, contexts, groups, layers)
-        # Longest first, so that a chunk has little padding; `place` is where each row is then.
-        lengths = [
-            length
+        contexts = [
+            (row, group, alone.subject)
             for one in requests
-            for length in (*[one.rows[0].subject] * (len(one.rows) - 1), *[one.essence.subject] * len(one.mentions))
+            for rows, alone in ((one.rows[1:], one.rows[0]), (one.mentions, one.essence))
+            for group, row in enumerate(rows)
         ]
-        order = sorted(range(len(contexts)), key=lambda index: -lengths[index])
+        rows, groups = [row for row, _, _ in contexts], [group for _, group, _ in contexts]
+        shared = bool(contexts) and beginnings_can_be_shared(architecture, rows, groups, layers)
+        # Longest first, so that a chunk has little padding; `place` is where each row is then.
+        order = sorted(range(len(contexts)), key=lambda index: -contexts[index][2])
         self.place = torch.tensor(order, dtype=torch.long).argsort()
-        ordered = [contexts[index] for index in order]
-        self.contexts = _walks(architecture, ordered, [groups[index] for index in order] if shared else None)
+        self.contexts = _walks(
+            architecture, [rows[index] for index in order], [groups[index] for index in order] if shared else None
+        )
 
     def advance(self, layer: int, value_layer: int) -> tuple[Tensor, Tensor]:
         """Keys (n, c, d) at `layer` and current values (n, h) of `value_layer` on the bare prompt, both float32.

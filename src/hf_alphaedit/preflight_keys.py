@@ -51,9 +51,9 @@ def check_keys(
     site = editor.sites()[-1]
     contexts = history.contexts or config.context_templates or ()
     encoded = encode_requests(editor.tokenizer, requests, contexts, config)
-    began = time.perf_counter()
     with inference_state(editor.model):
         walk = BatchWalk(editor.architecture, encoded, [site.layer])
+        began = time.perf_counter()
         in_contexts, values = walk.advance(site.layer, site.layer)  # (n, c, d), (n, h)
         seconds = time.perf_counter() - began
     keys = over_contexts(in_contexts, walk.weights)  # (n, d)

@@ -17,7 +17,7 @@ from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.errors import EditingError, UnsupportedModelError
 from hf_alphaedit.estimates import chunk_tokens
 from hf_alphaedit.models.architecture import Architecture
-from hf_alphaedit.models.beginnings import agree
+from hf_alphaedit.models.beginnings import agree, most_shifted
 from hf_alphaedit.models.encoding import EncodedRequest, TokenRow
 from hf_alphaedit.models.forward import align_rows, resume_rows, whole_logits
 from hf_alphaedit.models.hooks import grouped_attention, multiplies_bfloat16, products_in, replaced_forward
@@ -147,10 +147,8 @@ def attention_can_be_stored(architecture: Architecture, requests: Sequence[Encod
 def _most_different(requests: Sequence[EncodedRequest]) -> tuple[list[TokenRow], list[int]]:
     """Two rows and their groups: those whose subjects end last and first, of one context if there are two requests."""
     if len(requests) == 1:
-        ordered = sorted(all_rows(requests), key=lambda row: row.subject)
-        return [ordered[-1], ordered[0]], [0, 1]
-    ordered = sorted((request.rows[-1] for request in requests), key=lambda row: row.subject)
-    return [ordered[-1], ordered[0]], [0, 0]
+        return most_shifted(all_rows(requests)), [0, 1]
+    return most_shifted([request.rows[-1] for request in requests]), [0, 0]
 
 
 def _search(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import TokenRow
-from hf_alphaedit.models.rows import AlignedRows, whole_rows
+from hf_alphaedit.models.rows import AlignedRows, position_keywords, whole_rows
 
 
 # Largest relative difference between a resumed pass and a whole one that is rounding.
@@ -81,6 +82,21 @@ def continued_rows(architecture: Architecture, rows: Sequence[TokenRow], lengths
         token_ids.to(device), attention_mask.to(device), position_ids.to(device), None, subject.to(device), (), (),
         (Tensor, 1),
     )  # fmt: skip
+
+
+def most_shifted(rows: Sequence[TokenRow]) -> list[TokenRow]:
+    """The two rows whose subjects end last and first: side by side, they are shifted against each other the most."""
+    ordered = sorted(rows, key=lambda row: row.subject)
+    return [ordered[-1], ordered[0]]
+
+
+def continuing(architecture: Architecture, cache: DynamicCache, aligned: AlignedRows) -> dict[str, Any]:
+    """Keywords for a pass of rows that go on from the states in `cache`, and add their own."""
+    return {
+        "past_key_values": cache,
+        "use_cache": True,
+        **position_keywords(architecture, aligned.position_ids),
+    }
 
 
 def cache_of(states: Iterable[tuple[Tensor, Tensor]]) -> DynamicCache:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from hf_alphaedit.models.architecture import Architecture
-from hf_alphaedit.models.beginnings import Beginnings, cache_of, continued_rows, is_plain
+from hf_alphaedit.models.beginnings import Beginnings, cache_of, continued_rows, continuing, is_plain
 from hf_alphaedit.models.encoding import TokenRow
 from hf_alphaedit.models.hooks import on_input, on_output, stop_after
 from hf_alphaedit.models.rows import (
@@ -27,7 +27,6 @@ from hf_alphaedit.models.rows import (
     at_positions,
     by_row,
     form_of_output,
-    position_keywords,
     prediction_positions,
     skipped_blocks,
     split_rows,
@@ -92,8 +91,7 @@ def _split_with_states(
             return None
         cache = beginnings.for_rows(states)
     if own:
-        positions = position_keywords(architecture, running.position_ids)
-        _run_through(architecture, running, {"past_key_values": cache, "use_cache": True, **positions})
+        _run_through(architecture, running, continuing(architecture, cache, running))
     if not is_plain(cache.layers, len(architecture.blocks), before and shared + own):
         return None
     column = torch.zeros(len(rows), before, dtype=torch.long)  # (B, P) where each token has run
@@ -204,5 +202,4 @@ def _continuing(architecture: Architecture, aligned: AlignedRows) -> dict[str, A
     if not aligned.attention_keys:
         return {"use_cache": False}
     states = zip(aligned.attention_keys, aligned.attention_values, strict=True)
-    positions = position_keywords(architecture, aligned.position_ids)
-    return {"past_key_values": cache_of(states), "use_cache": True, **positions}
+    return continuing(architecture, cache_of(states), aligned)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from hf_alphaedit.models.architecture import Architecture
-from hf_alphaedit.models.beginnings import Beginnings, agree, continued_rows, is_plain
+from hf_alphaedit.models.beginnings import Beginnings, agree, continued_rows, continuing, is_plain, most_shifted
 from hf_alphaedit.models.encoding import TokenRow
 from hf_alphaedit.models.hooks import on_input, on_output, stop_after
 from hf_alphaedit.models.keys import captured_keys, side_by_side
@@ -23,7 +23,6 @@ from hf_alphaedit.models.rows import (
     at_positions,
     by_row,
     form_of_output,
-    position_keywords,
     skipped_blocks,
     whole_rows,
 )
@@ -96,10 +95,7 @@ class KeyWalk:
         self.begun = self._pass(self.begun, layer, stop, {"past_key_values": cache, "use_cache": True})
         # Blocks below don't run again; what is kept of them only says how many positions there are.
         self.states[self.first_block :] = cache.layers[self.first_block :]
-        return {
-            "past_key_values": beginnings.for_rows(self.states), "use_cache": True,
-            **position_keywords(self.architecture, self.aligned.position_ids),
-        }  # fmt: skip
+        return continuing(self.architecture, beginnings.for_rows(self.states), self.aligned)
 
     def _pass(self, aligned: AlignedRows, layer: int, stop: torch.nn.Module, keywords: dict[str, Any]) -> AlignedRows:
         """Run from the first block that can have changed to `stop`; `aligned` with what entered `layer`."""
@@ -121,13 +117,11 @@ def beginnings_can_be_shared(
 ) -> bool:
     """Whether rows that continue from a shared beginning have the keys of whole rows, to rounding.
 
-    Found out by walking both ways over the first and the last of `layers` with the rows of one group whose subjects
-    end first and last: they are shifted against each other the most. False for families that keep other states than
-    plain attention keys and values.
+    Found out by walking both ways over the first and the last of `layers` with the most shifted rows of one group.
+    False for families that keep other states than plain attention keys and values.
     """
     members = [row for row, group in zip(rows, groups, strict=True) if group == groups[0]]
-    ordered = sorted(members, key=lambda row: row.subject)
-    pair, ends = [ordered[-1], ordered[0]], (layers[0], layers[-1])
+    pair, ends = most_shifted(members), (layers[0], layers[-1])
     try:
         shared = KeyWalk(architecture, pair, [0, 0])
         if shared.beginnings is None:
