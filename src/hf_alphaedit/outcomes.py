@@ -14,8 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_alphaedit.batches import Batch
 from hf_alphaedit.editing import EditedBatch
-from hf_alphaedit.evaluation.generation import generate
-from hf_alphaedit.evaluation.scoring import score
+from hf_alphaedit.evaluation.together import continue_and_score
 from hf_alphaedit.filters import corpus_energy
 from hf_alphaedit.report import EditReport, Outcome, SiteChange
 from hf_alphaedit.requests import EditRequest
@@ -57,15 +56,14 @@ def measure(
     Returns:
         One `Measured` for each request, in order.
     """
-    texts = generate(model, tokenizer, [request.text for request in requests], max_new_tokens=NEW_TOKENS)
     pairs = [(request.text, request.target_new) for request in requests]
     known = [index for index, request in enumerate(requests) if request.target_true]
     pairs += [(requests[index].text, requests[index].target_true or "") for index in known]
-    scores = score(model, tokenizer, pairs)
+    texts, scores = continue_and_score(model, tokenizer, pairs, max_new_tokens=NEW_TOKENS)
     old = {index: math.exp(scores[len(requests) + place].log_probability) for place, index in enumerate(known)}
     return [
-        Measured(text, math.exp(scores[index].log_probability), old.get(index), scores[index].exact)
-        for index, text in enumerate(texts)
+        Measured(texts[request.text], math.exp(scores[index].log_probability), old.get(index), scores[index].exact)
+        for index, request in enumerate(requests)
     ]
 
 

@@ -41,18 +41,20 @@ def check_keys(
 ) -> PreflightReport:
     """The report with how near the keys are to each other and to earlier ones, what room is left, and what it takes.
 
-    Keys are those of the last edited layer, which takes the largest part of an edit; what the batch itself will change
-    below is not in them yet. (In the lowest layers, keys say little more than which token ends the subject.) Compared
-    are filtered keys, which the update is solved for: an update at one of them moves the other's value by their
-    cosine, unless the solve takes both into account, at the price of a larger norm. Source: the keys' Gram matrix in
-    the update (paper, equation 14).
+    Keys are those of the last edited layer, which takes the largest part of an edit, on the bare prompt and in the
+    first context alone: more contexts move a cosine by some hundredths and take three times as long. What the batch
+    itself will change below is not in them yet. (In the lowest layers, keys say little more than which token ends the
+    subject.) Compared are filtered keys, which the update is solved for: an update at one of them moves the other's
+    value by their cosine, unless the solve takes both into account, at the price of a larger norm. Source: the keys'
+    Gram matrix in the update (paper, equation 14).
     """
     history, config = editor.history, editor.config
     site = editor.sites()[-1]
     contexts = history.contexts or config.context_templates or ()
     encoded = encode_requests(editor.tokenizer, requests, contexts, config)
+    looked_at = encode_requests(editor.tokenizer, requests, contexts[:1], config)
     with inference_state(editor.model):
-        walk = BatchWalk(editor.architecture, encoded, [site.layer])
+        walk = BatchWalk(editor.architecture, looked_at, [site.layer])
         began = time.perf_counter()
         in_contexts, values = walk.advance(site.layer, site.layer)  # (n, c, d), (n, h)
         seconds = time.perf_counter() - began
@@ -87,7 +89,7 @@ def check_keys(
     if editor.architecture.additive:  # then the values are the states that leave the layer
         norms = torch.maximum(norms, values.cpu().norm(dim=-1))
     warnings += _massive(requests, norms / usual)
-    rows = [row for one in encoded for row in (*one.rows, *one.mentions)]
+    rows = [row for one in looked_at for row in (*one.rows, *one.mentions)]
     rate = sum(len(row.until_subject().token_ids) for row in rows) / max(seconds, 1e-9)
     return replace(
         report,

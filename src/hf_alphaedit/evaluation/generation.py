@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -31,6 +32,7 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     batch_size: int | None = None,
+    on_first: Callable[[list[int], Tensor], None] | None = None,
 ) -> list[str]:
     """Continue each prompt; returns the continuations alone.
 
@@ -48,6 +50,8 @@ def generate(
         seed: of the draws; each prompt has draws of its own, by its index. The global random state isn't touched.
         chat: let each prompt be the user's message in the chat template, and return the reply.
         batch_size: prompts at once; None lets their length decide.
+        on_first: called once for each batch with the prompts' indices and the logits (b, vocabulary), float32, of the
+            token that follows each.
 
     Raises:
         RequestError: a prompt is empty or too long for the model's positions, or there is no chat template.
@@ -70,7 +74,10 @@ def generate(
     with torch.no_grad(), inference_state(model), tqdm(total=len(rows), desc="Generating", name="hf_alphaedit") as bar:
         for batch in batches([len(row) + max_new_tokens for row in rows], batch_size):
             chosen = [rows[index] for index in batch]
-            new = _continue(model, chosen, [limits[index] for index in batch], ends, draws[batch], top_k)
+            new = _continue(
+                model, chosen, [limits[index] for index in batch], ends, draws[batch], top_k,
+                partial(on_first, batch) if on_first else None,
+            )  # fmt: skip
             for index, prompt, continuation in zip(batch, chosen, new, strict=True):
                 result[index] = _decoded(tokenizer, prompt, continuation)
             bar.update(len(batch))
@@ -111,6 +118,7 @@ def _continue(
     ends: frozenset[int],
     draws: Tensor,
     top_k: int,
+    on_first: Callable[[Tensor], None] | None,
 ) -> list[list[int]]:
     """Token by token, prompts padded on the left so that every row's next token is in the last column."""
     device = input_device(model)
@@ -129,6 +137,8 @@ def _continue(
             model, everyone, torch.full_like(everyone, fresh - 1), input_ids=ids[:, -fresh:], attention_mask=mask,
             past_key_values=cache, use_cache=True, **({"position_ids": positions} if takes_positions else {}),
         )  # fmt: skip
+        if on_first and step == 0:
+            on_first(logits)
         tokens = _pick(logits, draws[:, step], top_k)  # (b,)
         for index, token in enumerate(tokens.tolist()):
             if index in open_rows:
