@@ -18,7 +18,8 @@ OTHER: dict[str, Any] = {
     "adam_betas": (0.5, 0.75), "contexts_in_turn": False,
     "clamp_factor": 2.0, "kl_factor": 0.0, "weight_decay": 0.0, "stop_loss": 0.0, "stop_at_argmax": True,
     "forward_dtype": "bfloat16", "context_templates": ("Yes. {}", "中. {}"), "context_length": 7,
-    "context_special_tokens": True, "context_asides": False, "context_keys": "mean", "projection": "soft_inside_hard",
+    "context_special_tokens": True, "context_gaps": 0.5, "context_asides": False, "context_keys": "mean",
+    "projection": "soft_inside_hard",
     "threshold_rule": "absolute", "energy_share": 0.9, "absolute_threshold": 1e-3, "soft_weight": 15000.0,
     "l2": 10.0, "use_history": False, "history_weight": 10.0, "tokens_per_dimension": 3, "sequence_length": 64,
     "cache_targets": False, "corpus": "3 texts", "corpus_tokens": 99, "source": "a test",
@@ -116,7 +117,8 @@ def test_the_paper_mode_is_the_published_procedure() -> None:
         "projection": "hard", "threshold_rule": "absolute", "absolute_threshold": 2e-2, "l2": 10.0,
         "use_history": True, "clamp_factor": 0.75, "kl_factor": 0.0625, "weight_decay": 0.5, "stop_loss": 5e-2,
         "stop_at_argmax": False, "context_templates": None, "context_length": 10, "context_special_tokens": True,
-        "context_asides": False, "context_keys": "mean", "contexts_in_turn": False, "forward_dtype": "model",
+        "context_gaps": 0.0, "context_asides": False, "context_keys": "mean", "contexts_in_turn": False,
+        "forward_dtype": "model",
     }  # fmt: skip
     assert {name: getattr(config, name) for name in published} == published
     assert (config.layers, config.target_module, config.learning_rate) == ((4, 5, 6), "h.{}", 0.1)

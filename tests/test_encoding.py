@@ -1,5 +1,7 @@
 """Token rows: where the subject ends, whatever the tokenizer does at the beginning, at the end and in between."""
 
+import random
+
 import pytest
 from tiny import BEGIN, END, tiny_tokenizer
 from tokenizers import normalizers, processors
@@ -12,6 +14,7 @@ from hf_alphaedit.models.encoding import (
     encode_target,
     encode_with_spans,
     with_aside,
+    with_gaps,
 )
 from hf_alphaedit.requests import EditRequest
 
@@ -142,6 +145,46 @@ def test_every_second_context_gets_an_aside_from_the_next() -> None:
         row.until_subject().token_ids for row in plain.rows
     ]  # a causal model has the same keys
     assert (asides.target, asides.essence, asides.mentions) == (plain.target, plain.essence, plain.mentions)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "left"),
+    [
+        ("The mother tongue of {} is", "{} is"),
+        ("{} was written in the city of ", "{} of "),
+        ('In "{}", people mostly speak', '"{}", speak'),
+        ("Who leads {}'s green party?\n", "{}'s party?\n"),
+        ("The capital of {}", "{}"),
+        ("{}", "{}"),
+        ("中国的首都{}是", "中国的首都{}是"),
+        ("The {brace} of {} is", "{} is"),
+    ],
+)
+def test_gaps_leave_what_touches_the_subject_and_the_last_word(prompt: str, left: str) -> None:
+    assert with_gaps(prompt, 1.0, random.Random(0)) == left
+    assert with_gaps(prompt, 0.0, random.Random(0)) == prompt
+
+
+def test_gaps_are_the_same_each_time_and_differ_between_contexts() -> None:
+    tokenizer, contexts = tiny_tokenizer(), ("Yes. {}", "No. {}", "So. {}")
+    request = EditRequest("In the north of {} the people are known to speak", "Norway", "Lima")
+    rows, again = (encode_request(tokenizer, request, contexts, gaps=0.5).rows for _ in range(2))
+    assert rows == again
+    bare, *texts = (tokenizer.decode(row.token_ids[: row.first_prediction + 1]) for row in rows)
+    assert bare == request.text
+    assert len({text.split(". ")[1] for text in texts}) == 3
+    for text, row in zip(texts, rows[1:], strict=True):
+        words = iter(request.text.split())
+        assert all(word in words for word in text.split(". ")[1].split())  # the same words in the same order
+        assert text.endswith(" speak")
+        assert tokenizer.decode(row.token_ids[: row.subject + 1]).endswith("Norway")
+
+
+def test_gaps_leave_about_their_share() -> None:
+    prompt = "a " * 500 + "{} " + "b " * 500 + "c"
+    left = with_gaps(prompt, 0.25, random.Random(1)).split()
+    assert left.count("a") == pytest.approx(375, abs=40)
+    assert left.count("b") == pytest.approx(375, abs=40)
 
 
 @pytest.mark.parametrize("prompt", ["{}", "{}'s capital is", "中国的首都{}是", "{}, which lies in"])

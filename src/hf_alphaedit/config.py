@@ -66,6 +66,9 @@ class AlphaEditConfig:
     )
     context_length: int = setting(10, "tokens of a sampled context, its first word and the BOS token included")
     context_special_tokens: bool = setting(False, "keep the text of special tokens in sampled contexts, as published")
+    context_gaps: float = setting(
+        0.0, "share of the prompt's words that each context's row leaves out, so that less hangs on the wording"
+    )
     context_asides: bool = setting(
         True, "in every second context, let the text of another one stand in brackets behind the subject"
     )
@@ -119,6 +122,7 @@ class AlphaEditConfig:
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "zero or more, and finite")
         _require(all(0 <= beta < 1 for beta in self.adam_betas), "adam_betas", self.adam_betas, "from 0 to below 1")
         _require(0 < self.energy_share < 1, "energy_share", self.energy_share, "between 0 and 1")
+        _require(0 <= self.context_gaps < 1, "context_gaps", self.context_gaps, "from 0 to below 1")
         for template in self.context_templates or ():
             _require(template.count("{}") == 1, "context_templates", template, "a text with exactly one {}")
 
@@ -144,8 +148,9 @@ class AlphaEditConfig:
             projection="hard", threshold_rule="absolute", absolute_threshold=2e-2, l2=10.0, use_history=True,
             history_weight=1.0, value_steps=25, adam_betas=(0.9, 0.999), clamp_factor=0.75, kl_factor=0.0625,
             weight_decay=0.5, stop_loss=5e-2, stop_at_argmax=False, contexts_in_turn=False, forward_dtype="model",
-            context_templates=None, context_length=10, context_special_tokens=True, context_asides=False,
-            context_keys="mean", tokens_per_dimension=100, source=f"paper mode of: {self.source}",
+            context_templates=None, context_length=10, context_special_tokens=True, context_gaps=0.0,
+            context_asides=False, context_keys="mean", tokens_per_dimension=100,
+            source=f"paper mode of: {self.source}",
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

@@ -104,7 +104,9 @@ def encode_requests(
     """
     mentions = config.context_keys == "with_subject"
     return [
-        encode_request(tokenizer, request, contexts, asides=config.context_asides, mentions=mentions)
+        encode_request(
+            tokenizer, request, contexts, gaps=config.context_gaps, asides=config.context_asides, mentions=mentions
+        )
         for request in requests
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,6 +57,7 @@ def encode_request(
     request: EditRequest,
     contexts: Sequence[str] = (),
     *,
+    gaps: float = 0.0,
     asides: bool = False,
     mentions: bool = False,
 ) -> EncodedRequest:
@@ -67,6 +69,8 @@ def encode_request(
         tokenizer: the model's.
         request: what to encode.
         contexts: texts with one {} each, where the prompt goes.
+        gaps: share of the prompt's words to leave out in each context (see `with_gaps`); which ones depends on the
+            request and the context's index alone.
         asides: in every second context, put what stands before the {} of the next one behind the subject, in
             brackets, where a space follows the subject.
         mentions: encode the subject alone behind each context as well.
@@ -78,6 +82,8 @@ def encode_request(
     rows = []
     for index, context in enumerate((BARE, *contexts)):
         prompt = request.prompt
+        if gaps and index:
+            prompt = with_gaps(prompt, gaps, random.Random(f"{index} {request.text}"))
         if asides and index and index % 2 == 0:
             prompt = with_aside(prompt, contexts[index % len(contexts)])
         prompt_ids, subject = encode_prompt(tokenizer, prompt, request.subject, context)
@@ -90,6 +96,21 @@ def encode_request(
 def _until_subject(tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str, context: str = BARE) -> TokenRow:
     token_ids, last = encode_prompt(tokenizer, prompt, subject, context)
     return TokenRow(tuple(token_ids), last, last).until_subject()
+
+
+def with_gaps(prompt: str, share: float, draws: random.Random) -> str:
+    """The prompt without some of its words, each of which goes with probability `share`.
+
+    What is written together with the subject stays ('s, a comma, all of a script without spaces), and so does the last
+    word behind it, which the target follows.
+    """
+    before, after = prompt.split(PLACEHOLDER)
+    *ahead, attached_ahead = before.split(" ")
+    attached, *behind = after.rstrip().split(" ")
+    last = behind[-1:]
+    ahead, behind = ([word for word in words if draws.random() >= share] for words in (ahead, behind[:-1]))
+    trailing = after[len(after.rstrip()) :]
+    return " ".join([*ahead, attached_ahead]) + PLACEHOLDER + " ".join([attached, *behind, *last]) + trailing
 
 
 def with_aside(prompt: str, context: str) -> str:
