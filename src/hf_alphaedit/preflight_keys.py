@@ -52,7 +52,7 @@ def check_keys(
     site = editor.sites()[-1]
     contexts = history.contexts or config.context_templates or ()
     encoded = encode_requests(editor.tokenizer, requests, contexts, config)
-    looked_at = encode_requests(editor.tokenizer, requests, contexts[:1], config)
+    looked_at = [replace(one, rows=one.rows[:2], mentions=one.mentions[:1]) for one in encoded]
     with inference_state(editor.model):
         walk = BatchWalk(editor.architecture, looked_at, [site.layer])
         began = time.perf_counter()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from huggingface_hub.utils import tqdm
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_alphaedit.errors import RequestError
@@ -141,23 +142,30 @@ def _score_batch(
     members: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]],
 ) -> list[Score]:
     device = input_device(model)
-    wanted, targets = [], []  # flat places of the tokens that predict, and the tokens they should predict
+    wanted = []  # flat places of the tokens that predict
     length = max(map(len, rows))
     for row, pairs in enumerate(members):
         for prompt, target in pairs:
             start = row * length + len(prompt) - 1
             wanted += range(start, start + len(target))
-            targets += target
     places, inverse = torch.tensor(wanted, device=device).unique(return_inverse=True)  # (n,), (all target tokens,)
     logits, _ = logits_at(model, places // length, places % length, **padded(rows, device), use_cache=False)  # (n, V)
-    inverse = inverse.to(logits.device)
-    token = torch.tensor(targets, device=logits.device)
-    picked = logits[inverse, token] - logits.logsumexp(-1)[inverse]  # (all target tokens,)
-    predicted = logits.argmax(-1)[inverse]
-    values, predictions = picked.tolist(), predicted.tolist()
+    return read_off(logits, inverse.to(logits.device), [target for pairs in members for _, target in pairs])
+
+
+def read_off(logits: Tensor, places: Tensor, targets: Sequence[Sequence[int]]) -> list[Score]:
+    """The scores of some targets.
+
+    Args:
+        logits: (n, vocabulary) float32.
+        places: (all target tokens,) rows of the logits that predict them, target after target.
+        targets: their tokens.
+    """
+    tokens = torch.tensor([token for target in targets for token in target], dtype=torch.long, device=logits.device)
+    picked = logits[places, tokens] - logits.logsumexp(-1)[places]  # (all target tokens,)
+    values, predictions = picked.tolist(), logits.argmax(-1)[places].tolist()
     result, start = [], 0
-    for pairs in members:
-        for _, target in pairs:
-            span = slice(start, start := start + len(target))
-            result.append(Score(tuple(values[span]), tuple(predictions[span]), tuple(target)))
+    for target in targets:
+        span = slice(start, start := start + len(target))
+        result.append(Score(tuple(values[span]), tuple(predictions[span]), tuple(target)))
     return result

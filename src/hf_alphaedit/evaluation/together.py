@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_alphaedit.evaluation.generation import generate
-from hf_alphaedit.evaluation.scoring import Pair, Score, encode_pairs, score_tokens
+from hf_alphaedit.evaluation.scoring import Pair, Score, encode_pairs, read_off, score_tokens
 
 
 def continue_and_score(
@@ -35,11 +35,7 @@ def continue_and_score(
         row_of = {prompts[index]: row for row, index in enumerate(batch)}
         here = [i for i, (prompt, _) in enumerate(pairs) if prompt in row_of and len(encoded[i][1]) == 1]
         rows = torch.tensor([row_of[pairs[i][0]] for i in here], dtype=torch.long, device=logits.device)  # (m,)
-        tokens = torch.tensor([encoded[i][1][0] for i in here], dtype=torch.long, device=logits.device)  # (m,)
-        likelihoods = (logits[rows, tokens] - logits.logsumexp(-1)[rows]).tolist()
-        predictions = logits.argmax(-1)[rows].tolist()
-        for i, token, likelihood, prediction in zip(here, tokens.tolist(), likelihoods, predictions, strict=True):
-            scores[i] = Score((likelihood,), (prediction,), (token,))
+        scores.update(zip(here, read_off(logits, rows, [encoded[i][1] for i in here]), strict=True))
 
     texts = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, on_first=score_single_tokens)
     longer = [i for i in range(len(pairs)) if i not in scores]

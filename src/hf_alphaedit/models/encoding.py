@@ -106,11 +106,12 @@ def with_gaps(prompt: str, share: float, draws: random.Random) -> str:
     """
     before, after = prompt.split(PLACEHOLDER)
     *ahead, attached_ahead = before.split(" ")
-    attached, *behind = after.rstrip().split(" ")
+    written = after.rstrip()
+    attached, *behind = written.split(" ")
     last = behind[-1:]
     ahead, behind = ([word for word in words if draws.random() >= share] for words in (ahead, behind[:-1]))
-    trailing = after[len(after.rstrip()) :]
-    return " ".join([*ahead, attached_ahead]) + PLACEHOLDER + " ".join([attached, *behind, *last]) + trailing
+    behind_subject = " ".join([attached, *behind, *last]) + after[len(written) :]
+    return " ".join([*ahead, attached_ahead]) + PLACEHOLDER + behind_subject
 
 
 def with_aside(prompt: str, context: str) -> str:
