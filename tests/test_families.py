@@ -5,11 +5,17 @@ import warnings
 import pytest
 import torch
 from families import FAMILIES, UNBUILDABLE, family_model, runs
-from family_edit import edit_family, routed_experts
+from family_edit import REQUESTS, edit_family, routed_experts
+from tiny import tiny_tokenizer
 from transformers import PreTrainedModel
 
+from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.errors import UnsupportedModelError
 from hf_alphaedit.models.architecture import resolve_architecture
+from hf_alphaedit.models.encoding import encode_request
+from hf_alphaedit.models.hooks import inference_state
+from hf_alphaedit.models.rows import RowForm
+from hf_alphaedit.targets import compute_targets
 
 
 # One of each kind: Conv1D, tuple outputs and parallel blocks, ALiBi, learned positions, a norm after the
@@ -20,6 +26,7 @@ FAST = (
     "qwen3_moe", "olmoe", "gpt_oss", "flex_olmo",
 )  # fmt: skip
 TOLERANCE = 1e-3
+CONTEXTS = ("The river runs. {}", "Therefore the people who are there said. {}")
 
 
 def build(family: str) -> PreTrainedModel:
@@ -62,6 +69,30 @@ def test_every_family_is_edited_correctly_or_refused_by_name(family: str) -> Non
     sites = {result.architecture.site(layer).parameter for layer in result.layers}
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == sites
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        *FAST,
+        *(pytest.param(one, marks=pytest.mark.slow) for one in sorted(set(FAMILIES) - set(FAST) - set(UNBUILDABLE))),
+    ],
+)
+def test_targets_in_the_fastest_form_are_those_of_whole_rows(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(family)
+    if not runs(model) or refusal(model):
+        pytest.skip("can't be edited")
+    architecture = resolve_architecture(model)
+    layers = tuple(architecture.editable_layers()[:2])
+    architecture = resolve_architecture(model, layers=layers)
+    config = AlphaEditConfig(layers=layers, value_steps=4, stop_loss=0.0, forward_dtype="model")
+    encoded = [encode_request(tiny_tokenizer(), request, CONTEXTS) for request in REQUESTS]
+    with inference_state(model):
+        fastest = compute_targets(architecture, encoded, layers[-1], config)
+        monkeypatch.setattr("hf_alphaedit.targets.row_form", lambda *_: RowForm.WHOLE)
+        whole = compute_targets(architecture, encoded, layers[-1], config)
+    delta = whole.values - whole.initial
+    assert ((fastest.values - whole.values).norm(dim=-1) < 1e-2 * delta.norm(dim=-1)).all()
 
 
 @pytest.mark.slow

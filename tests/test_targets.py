@@ -14,20 +14,17 @@ from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_alphaedit.chunks import CHUNK_COST, chunked, suffix_length
+from hf_alphaedit.chunks import CHUNK_COST, chunked, step_tokens, suffix_length
 from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.errors import EditingError
 from hf_alphaedit.models.architecture import Architecture, resolve_architecture
 from hf_alphaedit.models.encoding import EncodedRequest, TokenRow, encode_request
 from hf_alphaedit.models.forward import align_rows
 from hf_alphaedit.models.hooks import GROUPED_ATTENTION, grouped_attention
+from hf_alphaedit.models.rows import RowForm
 from hf_alphaedit.requests import EditRequest
-from hf_alphaedit.targets import (
-    Targets,
-    attention_can_be_stored,
-    compute_targets,
-    product_dtype,
-)
+from hf_alphaedit.row_form import row_form
+from hf_alphaedit.targets import Targets, compute_targets, product_dtype
 
 
 LAYER = 2
@@ -92,12 +89,21 @@ def test_side_by_side_as_one_by_one(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stored_attention_as_whole_rows(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    architecture, requests = architecture_of(family), encoded()
-    assert attention_can_be_stored(architecture, requests, LAYER)
-    stored = targets(architecture, requests)
-    monkeypatch.setattr("hf_alphaedit.targets.attention_can_be_stored", lambda *_: False)
-    assert_same(stored, targets(architecture, requests))
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_every_form_of_rows_gives_the_same(family: str, in_turn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture, requests = architecture_of(family), encoded(asides=True)
+    assert row_form(architecture, requests, LAYER) is RowForm.PACKED
+    tokens: list[int] = []
+    architecture.blocks[-1].register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[:2].numel()))
+    found, most = [], []
+    for form in RowForm:
+        monkeypatch.setattr("hf_alphaedit.targets.row_form", lambda *_, form=form: form)
+        tokens.clear()
+        found.append(targets(architecture, requests, contexts_in_turn=in_turn, largest_chunk=10**6))
+        most.append(sum(tokens))
+    assert most[0] < most[1] < most[2]
+    assert_same(found[0], found[1])
+    assert_same(found[0], found[2])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -177,25 +183,27 @@ def test_chunks_decide_nothing(largest_chunk: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 30, 100, 10**6])
 @pytest.mark.parametrize("chunk_cost", [0, CHUNK_COST, 10**6])
+@pytest.mark.parametrize("packed", [True, False])
 def test_chunks_are_the_cheapest_within_their_size(
-    size: int, chunk_cost: int, monkeypatch: pytest.MonkeyPatch
+    size: int, chunk_cost: int, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hf_alphaedit.chunks.CHUNK_COST", chunk_cost)
     requests = encoded([*REQUESTS, *EASY])
     order = sorted(range(len(requests)), key=lambda index: suffix_length(requests[index]))
 
     def cost(chunk: Sequence[int]) -> float:
-        tokens = len(chunk) * 4 * max(suffix_length(requests[index]) for index in chunk)
-        return math.inf if tokens > size and len(chunk) > 1 else tokens + chunk_cost
+        padded = len(chunk) * 4 * max(suffix_length(requests[index]) for index in chunk)
+        tokens = sum(step_tokens(requests[index], 4) for index in chunk) if packed else padded
+        return math.inf if tokens > size and len(chunk) > 1 else tokens + (padded - tokens) / 8 + chunk_cost
 
-    chunks = chunked(order, requests, size, 4)
+    chunks = chunked(order, requests, size, 4, packed=packed)
     assert [index for chunk in chunks for index in chunk] == order
     every_way = (
         [order[begin:end] for begin, end in pairwise([0, *cuts, len(order)])]
         for count in range(len(order))
         for cuts in combinations(range(1, len(order)), count)
     )
-    assert sum(map(cost, chunks)) == min(sum(map(cost, way)) for way in every_way)
+    assert sum(map(cost, chunks)) == pytest.approx(min(sum(map(cost, way)) for way in every_way))
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "bloom"])

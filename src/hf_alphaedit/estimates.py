@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import get_max_memory
 from torch import nn
 
-from hf_alphaedit.chunks import CPU_CHUNK, suffix_length
+from hf_alphaedit.chunks import CPU_CHUNK, step_tokens
 from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import EncodedRequest
 from hf_alphaedit.target_rows import rows_per_step
@@ -48,9 +48,8 @@ def editing_seconds(editor: AlphaEditor, encoded: Sequence[EncodedRequest], toke
     head = parameters_of([editor.architecture.head])
     tokens = positions = prompts = contexts = 0
     for request in encoded:
-        suffixes = [len(row.token_ids) - row.subject for row in request.rows]
-        rows = rows_per_step(request, editor.config)  # '<subject> is a' is one of them
-        tokens += sum(suffixes) / len(suffixes) * (rows - 1) + 1
+        rows = rows_per_step(request, editor.config)
+        tokens += step_tokens(request, rows)
         positions += (rows - 1) * len(request.target) + 1
         prompts += request.rows[0].subject + 1
         contexts += sum(row.subject + 1 for row in (*request.rows[1:], *request.mentions))
@@ -82,7 +81,7 @@ def editing_memory(editor: AlphaEditor, encoded: Sequence[EncodedRequest]) -> in
     """Bytes beyond the loaded model: activations of the largest chunk, filters, second moments and base weights."""
     architecture, sites = editor.architecture, editor.sites()
     layer, rows = sites[-1].layer, rows_per_step(encoded[0], editor.config)
-    everything = rows * sum(suffix_length(request) for request in encoded)
+    everything = sum(step_tokens(request, rows) for request in encoded)
     predictions = sum((rows - 1) * len(request.target) + 1 for request in encoded) / everything
     tokens = min(chunk_tokens(architecture, layer), everything)
     activations = tokens * _bytes_per_token(architecture, layer, predictions)

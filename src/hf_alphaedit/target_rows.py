@@ -13,7 +13,8 @@ from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import EncodedRequest, TokenRow
 from hf_alphaedit.models.forward import align_rows, resume_rows
-from hf_alphaedit.models.rows import AlignedRows, prediction_positions
+from hf_alphaedit.models.packed import PackedRows, resume_packed, sees_everything
+from hf_alphaedit.models.rows import AlignedRows, RowForm, prediction_positions
 
 
 @dataclass(eq=False)
@@ -26,6 +27,7 @@ class StoredRows:
         row_request: (B,) index of each row's request.
         row_place: (B,) index of each row among those of its request.
         aligned: the stored states of the rows.
+        packed: whether steps run them without padding.
         initial: (n, h) float32, the values before the edit, from the bare rows.
     """
 
@@ -34,21 +36,24 @@ class StoredRows:
     row_request: Tensor
     row_place: Tensor
     aligned: AlignedRows
+    packed: bool
     initial: Tensor
 
     @classmethod
     def of(
-        cls, architecture: Architecture, requests: Sequence[EncodedRequest], layer: int, cached: bool
+        cls, architecture: Architecture, requests: Sequence[EncodedRequest], layer: int, form: RowForm
     ) -> StoredRows:
-        """Run the rows; `cached` says whether attention states are stored (see `attention_can_be_stored`)."""
+        """Run the rows once; `form` is how they are to be resumed (see `row_form`)."""
         rows = all_rows(requests)
         counts = torch.tensor([len(request.rows) + 1 for request in requests])
         row_request = torch.arange(len(requests)).repeat_interleave(counts)
         bare = counts.cumsum(0) - counts  # (n,)
         row_place = torch.arange(len(rows)) - bare[row_request]
         # Rows of one context begin with the same tokens.
-        aligned, values = align_rows(architecture, rows, layer, cached=cached, groups=row_place.tolist())
-        return cls(requests, rows, row_request, row_place, aligned, values[bare.to(values.device)].float())
+        cached, groups = form is not RowForm.WHOLE, row_place.tolist()
+        aligned, values = align_rows(architecture, rows, layer, cached=cached, groups=groups)
+        packed = form is RowForm.PACKED and sees_everything(architecture, max(len(row.token_ids) for row in rows))
+        return cls(requests, rows, row_request, row_place, aligned, packed, values[bare.to(values.device)].float())
 
 
 def all_rows(requests: Sequence[EncodedRequest]) -> list[TokenRow]:
@@ -98,9 +103,7 @@ class RowLoss:
         turn = self.turns[self.step % len(self.turns)]
         self.step += 1
         turn.keep(active)
-        logits = resume_rows(
-            self.architecture, turn.aligned, self.layer, delta[turn.local_request], turn.positions
-        ).to(delta.device)  # (p, vocabulary)
+        logits = turn.logits(self.architecture, self.layer, delta).to(delta.device)  # (p, vocabulary)
         token_logits, subject_logits = logits.split([len(turn.labels), len(active)])
         if self.reference is None:  # the first look is at a delta of zero
             self.reference = subject_logits.detach().float().log_softmax(-1)
@@ -121,7 +124,15 @@ class _Turn:
         self.row_request = stored.row_request[members]
         # A turn of all rows shares the stored states instead of copying them.
         self.aligned = stored.aligned if len(members) == len(stored.rows) else stored.aligned.select(members)
+        self.is_packed = stored.packed
         self._index(torch.arange(len(stored.requests)))
+
+    def logits(self, architecture: Architecture, layer: int, delta: Tensor) -> Tensor:
+        """Logits (p, vocabulary) at `positions`, with `delta` (m, h) of the requests that are left."""
+        delta = delta[self.local_request]  # (b, h)
+        if self.packed is None:
+            return resume_rows(architecture, self.aligned, layer, delta, self.positions)
+        return resume_packed(architecture, self.packed, layer, delta, self.positions)
 
     def keep(self, active: Tensor) -> None:
         """Drop the rows of all requests but `active`."""
@@ -135,6 +146,7 @@ class _Turn:
     def _index(self, active: Tensor) -> None:
         """Positions, labels and weights for the rows that are left; `active` are the requests' original indices."""
         self.active, device = active, self.device
+        self.packed = PackedRows.of(self.aligned) if self.is_packed else None
         local = {int(original): index for index, original in enumerate(active)}
         looks = self.row_request.bincount() - 1  # rows of each request that predict its target
         labels, token_request, token_weight, is_essence = [], [], [], []

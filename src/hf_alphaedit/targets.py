@@ -14,17 +14,16 @@ from torch import Tensor
 from hf_alphaedit.algorithm.optimize import DeltaSearch, search_delta
 from hf_alphaedit.chunks import chunked, suffix_length
 from hf_alphaedit.config import AlphaEditConfig
-from hf_alphaedit.errors import EditingError, UnsupportedModelError
+from hf_alphaedit.errors import EditingError
 from hf_alphaedit.estimates import chunk_tokens
 from hf_alphaedit.models.architecture import Architecture
-from hf_alphaedit.models.beginnings import agree, most_shifted
-from hf_alphaedit.models.encoding import EncodedRequest, TokenRow
-from hf_alphaedit.models.forward import align_rows, resume_rows, whole_logits
+from hf_alphaedit.models.encoding import EncodedRequest
 from hf_alphaedit.models.hooks import grouped_attention, multiplies_bfloat16, products_in, replaced_forward
-from hf_alphaedit.models.rows import AlignedRows, prediction_positions
+from hf_alphaedit.models.rows import RowForm
 from hf_alphaedit.processes import Processes
+from hf_alphaedit.row_form import row_form
 from hf_alphaedit.sharing import search_shared
-from hf_alphaedit.target_rows import RowLoss, StoredRows, all_rows, rows_per_step
+from hf_alphaedit.target_rows import RowLoss, StoredRows, rows_per_step
 
 
 logger = logging.getLogger(__name__)
@@ -90,20 +89,21 @@ def compute_targets(
             return compute_targets(architecture, members, layer, config, largest_chunk=largest_chunk, alone=True)
 
         return search_shared(processes, order, search, result)
+    form = row_form(architecture, requests, layer)
     chunks = chunked(
-        order, requests, largest_chunk or chunk_tokens(architecture, layer), rows_per_step(requests[0], config)
-    )
+        order, requests, largest_chunk or chunk_tokens(architecture, layer), rows_per_step(requests[0], config),
+        packed=form is RowForm.PACKED,
+    )  # fmt: skip
     dtype = product_dtype(architecture, config)
     modules = [module for block in architecture.blocks for module in block.modules()]
     products = products_in([*modules, architecture.head], dtype, architecture.feed_forwards())
-    cached = attention_can_be_stored(architecture, requests, layer)
     with tqdm(total=count * config.value_steps, desc="targets", unit="step", name="hf_alphaedit", leave=False) as bar:
         while chunks:
             chunk = chunks.pop(0)
             members = [requests[index] for index in chunk]
             try:
                 with replaced_forward(products), grouped_attention(architecture.input_device):
-                    rows = StoredRows.of(architecture, members, layer, cached)
+                    rows = StoredRows.of(architecture, members, layer, form)
                     search = _search(architecture, rows, layer, config, bar.update)
             except FloatingPointError as error:
                 raise EditingError(f"{error} (of requests {chunk}); try a lower learning_rate or float32") from error
@@ -117,38 +117,6 @@ def compute_targets(
             result.steps[chunk], result.likelihood[chunk] = search.steps.cpu(), search.likelihood.cpu()
             result.argmax[chunk] = search.argmax.cpu()
     return result
-
-
-def attention_can_be_stored(architecture: Architecture, requests: Sequence[EncodedRequest], layer: int) -> bool:
-    """Whether passes may start from stored attention states; False means that whole rows have to run.
-
-    Found out by comparing the logits with those of a whole pass in the model's own dtype, on two rows of one context,
-    or of one request, whose subjects end last and first: they are shifted against each other the most, which some
-    families' positions can't stand.
-
-    Raises:
-        EditingError: the model's logits are not finite.
-        UnsupportedModelError: neither way of resuming gives the logits of the whole pass.
-    """
-    rows, groups = _most_different(requests)
-    reference = whole_logits(architecture, rows)
-    if not torch.isfinite(reference).all():
-        raise EditingError("the model's logits are not finite; its weights are damaged, or need dtype='float32'")
-    for cached in (True, False):
-        aligned, _ = align_rows(architecture, rows, layer, cached=cached, groups=groups)
-        if _resumes(architecture, aligned, rows, layer, reference):
-            return cached
-    raise UnsupportedModelError(
-        f"{type(architecture.model).__name__} gives other logits when its blocks from "
-        f"{architecture.resume_block(layer)} on run from stored hidden states; its blocks depend on more than that"
-    )
-
-
-def _most_different(requests: Sequence[EncodedRequest]) -> tuple[list[TokenRow], list[int]]:
-    """Two rows and their groups: those whose subjects end last and first, of one context if there are two requests."""
-    if len(requests) == 1:
-        return most_shifted(all_rows(requests)), [0, 1]
-    return most_shifted([request.rows[-1] for request in requests]), [0, 0]
 
 
 def _search(
@@ -171,20 +139,6 @@ def _search(
         learning_rate=config.learning_rate, betas=config.adam_betas, clamp_factor=config.clamp_factor,
         stop_loss=config.stop_loss, stop_at_argmax=config.stop_at_argmax, on_step=on_step,
     )  # fmt: skip
-
-
-@torch.no_grad()
-def _resumes(architecture: Architecture, aligned: AlignedRows, rows: Sequence, layer: int, reference: Tensor) -> bool:
-    """Whether passes from stored states give the logits of the whole pass, to rounding."""
-    nothing = torch.zeros(len(rows), architecture.hidden_size, device=aligned.subject.device)
-    try:
-        logits = resume_rows(architecture, aligned, layer, nothing, prediction_positions(rows, aligned.subject))
-    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-        if should_reduce_batch_size(error):
-            raise
-        logger.info("stored attention states can't be used with this model (%s); rows run whole", error)
-        return False
-    return agree(logits, reference)
 
 
 def product_dtype(architecture: Architecture, config: AlphaEditConfig) -> torch.dtype | None:

@@ -27,6 +27,7 @@ from hf_alphaedit.models.rows import (
     at_positions,
     by_row,
     form_of_output,
+    position_keywords,
     prediction_positions,
     skipped_blocks,
     split_rows,
@@ -125,17 +126,18 @@ def _run_to_values(architecture: Architecture, aligned: AlignedRows, delta_layer
     entry: list[Tensor] = []
     values: list[Tensor] = []
     form: list[tuple[type, int]] = []
-    count = len(aligned.subject)
-    subject = (torch.arange(count, device=aligned.subject.device), aligned.subject)
+    count = len(aligned.token_ids)
     with ExitStack() as stack:
         if first_block:
             skipped = architecture.blocks[first_block - 1]
             stack.enter_context(on_output(skipped, lambda hidden: entry.append(hidden.clone())))
             handle = skipped.register_forward_hook(lambda _, __, output: form.append(form_of_output(output)))
             stack.callback(handle.remove)
-        stack.enter_context(
-            on_output(value_module, lambda hidden: values.append(at_positions(by_row(hidden, count), subject)))
-        )
+
+        def keep_values(hidden: Tensor) -> None:
+            values.append(at_positions(by_row(hidden, count), aligned.subjects))
+
+        stack.enter_context(on_output(value_module, keep_values))
         with stop_after(value_module):
             architecture.model(
                 input_ids=aligned.token_ids,
@@ -167,17 +169,17 @@ def resume_rows(
         architecture: the model's parts.
         aligned: what `align_rows` kept, made for the same `delta_layer`.
         delta_layer: the layer whose value is changed.
-        delta: (B, h) added to the output of the value module of `delta_layer` at each row's subject column.
+        delta: (B, h) added to the output of the value module of `delta_layer` at each subject.
         positions: (row, column) of the (p,) positions whose logits are wanted.
 
     Returns:
         (p, vocabulary) logits.
     """
-    rows = torch.arange(len(delta), device=aligned.subject.device)
+    rows, columns = aligned.subjects
 
     def add_delta(hidden: Tensor) -> Tensor:  # (B, S, h)
-        aside = by_row(hidden, len(delta))
-        index = (rows.to(hidden.device), aligned.subject.to(hidden.device))
+        aside = by_row(hidden, len(aligned.token_ids))
+        index = (rows.to(hidden.device), columns.to(hidden.device))
         changed = aside.index_put(index, delta.to(hidden.device, hidden.dtype), accumulate=True)
         return changed.view_as(hidden)
 
@@ -199,6 +201,8 @@ def _logits(architecture: Architecture, aligned: AlignedRows, positions: tuple[T
 
 def _continuing(architecture: Architecture, aligned: AlignedRows) -> dict[str, Any]:
     """Keywords for a pass that continues from the stored attention states, if there are any."""
+    if aligned.attention_mask.dim() == 4:  # packed rows, which look after their states themselves
+        return {"use_cache": False, **position_keywords(architecture, aligned.position_ids)}
     if not aligned.attention_keys:
         return {"use_cache": False}
     states = zip(aligned.attention_keys, aligned.attention_values, strict=True)

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -14,6 +15,14 @@ from torch import Tensor
 from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import TokenRow
 from hf_alphaedit.models.hooks import replaced_forward
+
+
+class RowForm(Enum):
+    """How rows are resumed at the subject's last token; the first that a family can do is the fastest."""
+
+    PACKED = "from stored attention states, without padding"
+    PADDED = "from stored attention states, padded"
+    WHOLE = "whole rows, from stored hidden states"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +51,13 @@ class AlignedRows:
     attention_values: tuple[Tensor, ...]
     block_form: tuple[type, int]
 
+    @property
+    def subjects(self) -> tuple[Tensor, Tensor]:
+        """Row and column of each subject's last token: one for every row, or all in the only one (`models.packed`)."""
+        alone = len(self.token_ids) == 1
+        columns = self.subject
+        return torch.zeros_like(columns) if alone else torch.arange(len(columns), device=columns.device), columns
+
     def select(self, rows: Tensor) -> AlignedRows:
         """The rows with these indices (n,), and no more columns than the longest of them needs."""
 
@@ -56,7 +72,7 @@ class AlignedRows:
             token_ids=pick(self.token_ids)[:, :columns],
             attention_mask=attention_mask[:, :width],
             position_ids=pick(self.position_ids)[:, :columns],
-            entry=None if self.entry is None else pick(self.entry)[:, :columns],
+            entry=None if self.entry is None else pick(self.entry)[:, :columns].contiguous(),  # Conv1D takes views
             subject=pick(self.subject),
             attention_keys=tuple(pick(keys) for keys in self.attention_keys),
             attention_values=tuple(pick(values) for values in self.attention_values),

@@ -61,11 +61,10 @@ class KeyWalk:
     def advance(self, layer: int, value_layer: int | None) -> tuple[Tensor, Tensor | None]:
         """Keys (B, d) that enter `layer`'s down-projection, and values (B, h) at `value_layer`'s value module."""
         architecture = self.architecture
-        subject = self.aligned.subject
-        rows = torch.arange(len(subject), device=subject.device)
+        count, subjects = len(self.aligned.token_ids), self.aligned.subjects
 
         def at_subject(hidden: Tensor) -> Tensor:
-            return at_positions(by_row(hidden.detach(), len(rows)), (rows, subject))
+            return at_positions(by_row(hidden.detach(), count), subjects)
 
         def keep_value(hidden: Tensor) -> None:
             values.append(at_subject(hidden))
@@ -80,7 +79,7 @@ class KeyWalk:
         ):
             self.aligned = self._pass(self.aligned, layer, stop, keywords)
         self.first_block = layer
-        return side_by_side(site, keys[site.name], len(rows)), None if value_layer is None else values[0]
+        return side_by_side(site, keys[site.name], count), None if value_layer is None else values[0]
 
     @property
     def entry(self) -> Tensor:

@@ -1,0 +1,120 @@
+"""Rows without padding: what transformers' attention gets, and that nothing of it stays behind."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from families import family_model
+from test_targets import LAYER, architecture_of, assert_same, deltas, encoded, targets
+from tiny import tiny_model, tiny_tokenizer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_alphaedit.models.encoding import encode_request
+from hf_alphaedit.models.forward import align_rows
+from hf_alphaedit.models.packed import ATTENTION, PackedRows, sees_everything
+from hf_alphaedit.models.rows import RowForm
+from hf_alphaedit.requests import EditRequest
+from hf_alphaedit.row_form import row_form
+from hf_alphaedit.target_rows import all_rows
+
+
+@pytest.fixture
+def packed() -> PackedRows:
+    architecture = architecture_of()
+    aligned, _ = align_rows(architecture, all_rows(encoded(asides=True)), LAYER)
+    return PackedRows.of(aligned)
+
+
+@pytest.fixture
+def own_attention() -> Iterator[Any]:
+    """Somebody's own attention function in place of transformers'."""
+    attend = ALL_ATTENTION_FUNCTIONS[ATTENTION]
+
+    def own(*arguments: Any, **keywords: Any) -> Any:
+        return attend(*arguments, **keywords)
+
+    ALL_ATTENTION_FUNCTIONS[ATTENTION] = own
+    yield own
+    del ALL_ATTENTION_FUNCTIONS[ATTENTION]
+
+
+def test_the_line_holds_every_token_once(packed: PackedRows) -> None:
+    rows = all_rows(encoded(asides=True))
+    suffixes = [row.token_ids[row.subject :] for row in rows]
+    assert packed.line.token_ids.tolist() == [[token for suffix in suffixes for token in suffix]]
+    assert packed.line.position_ids.tolist() == [
+        [position for row in rows for position in range(row.subject, len(row.token_ids))]
+    ]
+    subjects = packed.line.token_ids[0, packed.line.subject].tolist()
+    assert subjects == [row.token_ids[row.subject] for row in rows]
+
+
+def test_spread_and_gather_are_inverse_and_padding_gets_no_gradient(packed: PackedRows) -> None:
+    count, (rows, columns) = packed.line.token_ids.shape[1], packed.token.shape
+    line = torch.randn(1, 3, count, 4, requires_grad=True)  # (1, heads, T, size)
+    spread = packed.spread(line)
+    assert spread.shape == (rows, 3, columns, 4)
+    gathered = packed.gather(spread.transpose(1, 2))
+    torch.testing.assert_close(gathered, line.transpose(1, 2))
+    (gradient,) = torch.autograd.grad(gathered.sum(), line)
+    assert torch.equal(gradient, torch.ones_like(line))
+
+
+def test_the_mask_is_what_a_row_sees(packed: PackedRows) -> None:
+    rows = all_rows(encoded(asides=True))
+    mask = packed.line.attention_mask[:, 0]  # (B, S, P + S)
+    for index, row in enumerate(rows):
+        for column in range(len(row.token_ids) - row.subject):
+            assert int(mask[index, column].sum()) == row.subject + column + 1
+
+
+def test_attention_is_as_before_also_after_an_error(packed: PackedRows, own_attention: Any) -> None:
+    with pytest.raises(TypeError), packed.attention():
+        ALL_ATTENTION_FUNCTIONS[ATTENTION]("no tensors")
+    assert ALL_ATTENTION_FUNCTIONS[ATTENTION] is own_attention
+
+
+def test_transformers_own_attention_isnt_shadowed_afterwards(packed: PackedRows) -> None:
+    with packed.attention():
+        pass
+    with pytest.raises(KeyError):
+        del ALL_ATTENTION_FUNCTIONS[ATTENTION]
+
+
+def test_a_model_in_another_thread_notices_nothing(packed: PackedRows) -> None:
+    model, token_ids = tiny_model("llama"), torch.arange(7)[None]
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return model(token_ids).logits
+
+    expected = logits()
+    with packed.attention(), ThreadPoolExecutor(1) as other:
+        assert torch.equal(other.submit(logits).result(), expected)
+
+
+def test_rows_longer_than_a_window_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    window = 24
+    first, last = EditRequest("{} is", "Ada", "music"), EditRequest("Now they say that {} is", "Ada", "music")
+    long = EditRequest("We say {} is", "Ada", "the city of all people who sing and play very loud music in the street")
+    requests = [encode_request(tiny_tokenizer(), request) for request in (first, last, long)]
+    architecture = architecture_of(model=tiny_model("gemma3_text", sliding_window=window))
+    assert row_form(architecture, requests, LAYER) is RowForm.PACKED  # tried with the first two
+    assert sees_everything(architecture, window)
+    longest = max(len(row.token_ids) for row in all_rows(requests))
+    assert longest > window + 1
+    assert not sees_everything(architecture, longest)
+    found = targets(architecture, requests)
+    monkeypatch.setattr("hf_alphaedit.targets.row_form", lambda *_: RowForm.WHOLE)
+    whole = targets(architecture, requests)
+    assert_same(found, whole)
+    monkeypatch.setattr("hf_alphaedit.target_rows.sees_everything", lambda *_: True)
+    monkeypatch.setattr("hf_alphaedit.targets.row_form", lambda *_: RowForm.PACKED)
+    assert (deltas(targets(architecture, requests)) - deltas(whole))[2].norm() > 1e-2 * deltas(whole)[2].norm()
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon_h1"])
+def test_families_that_tell_tokens_apart_by_other_means_are_not_packed(family: str) -> None:
+    assert row_form(architecture_of(model=family_model(family)), encoded(), LAYER) is not RowForm.PACKED
