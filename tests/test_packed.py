@@ -20,11 +20,15 @@ from hf_alphaedit.row_form import row_form
 from hf_alphaedit.target_rows import all_rows
 
 
+ROWS = all_rows(encoded(asides=True))
+KINDS = torch.arange(len(ROWS)) % 4  # bare, two contexts, '<subject> is a'
+IN_LINE = sorted(range(len(ROWS)), key=lambda index: int(KINDS[index]))  # how the rows follow each other
+
+
 @pytest.fixture
 def packed() -> PackedRows:
-    architecture = architecture_of()
-    aligned, _ = align_rows(architecture, all_rows(encoded(asides=True)), LAYER)
-    return PackedRows.of(aligned)
+    aligned, _ = align_rows(architecture_of(), ROWS, LAYER)
+    return PackedRows.of(aligned, KINDS)
 
 
 @pytest.fixture
@@ -41,33 +45,40 @@ def own_attention() -> Iterator[Any]:
 
 
 def test_the_line_holds_every_token_once(packed: PackedRows) -> None:
-    rows = all_rows(encoded(asides=True))
+    rows = [ROWS[index] for index in IN_LINE]
     suffixes = [row.token_ids[row.subject :] for row in rows]
     assert packed.line.token_ids.tolist() == [[token for suffix in suffixes for token in suffix]]
     assert packed.line.position_ids.tolist() == [
         [position for row in rows for position in range(row.subject, len(row.token_ids))]
     ]
-    subjects = packed.line.token_ids[0, packed.line.subject].tolist()
-    assert subjects == [row.token_ids[row.subject] for row in rows]
+    for index, row in enumerate(ROWS):
+        places = packed.token[index, : len(row.token_ids) - row.subject]
+        assert packed.line.token_ids[0, places].tolist() == list(row.token_ids[row.subject :])
+        assert packed.line.subject[index] == places[0]
 
 
 def test_spread_and_gather_are_inverse_and_padding_gets_no_gradient(packed: PackedRows) -> None:
-    count, (rows, columns) = packed.line.token_ids.shape[1], packed.token.shape
-    line = torch.randn(1, 3, count, 4, requires_grad=True)  # (1, heads, T, size)
-    spread = packed.spread(line)
+    group = packed.groups[2]  # with asides, so that rows differ in length
+    rows, columns = group.token.shape
+    line = torch.randn(len(group.column), 3, 4, requires_grad=True)  # (t, heads, size)
+    assert len(line) < rows * columns
+    spread = group.spread(line)
     assert spread.shape == (rows, 3, columns, 4)
-    gathered = packed.gather(spread.transpose(1, 2))
-    torch.testing.assert_close(gathered, line.transpose(1, 2))
+    gathered = group.gather(spread.transpose(1, 2))
+    torch.testing.assert_close(gathered, line)
     (gradient,) = torch.autograd.grad(gathered.sum(), line)
     assert torch.equal(gradient, torch.ones_like(line))
 
 
-def test_the_mask_is_what_a_row_sees(packed: PackedRows) -> None:
-    rows = all_rows(encoded(asides=True))
-    mask = packed.line.attention_mask[:, 0]  # (B, S, P + S)
-    for index, row in enumerate(rows):
-        for column in range(len(row.token_ids) - row.subject):
-            assert int(mask[index, column].sum()) == row.subject + column + 1
+def test_groups_have_no_more_padding_than_they_need_and_see_what_a_row_sees(packed: PackedRows) -> None:
+    for kind, group in enumerate(packed.groups):
+        rows = [ROWS[index] for index in (kind == KINDS).nonzero()[:, 0].tolist()]
+        before, after = max(row.subject for row in rows), max(len(row.token_ids) - row.subject for row in rows)
+        assert group.mask.shape == (len(rows), 1, after, before + after)
+        assert group.rows.attention_keys[0].shape[2] == before
+        for row, mask in zip(rows, group.mask[:, 0], strict=True):
+            for column in range(len(row.token_ids) - row.subject):
+                assert int(mask[column].sum()) == row.subject + column + 1
 
 
 def test_attention_is_as_before_also_after_an_error(packed: PackedRows, own_attention: Any) -> None:

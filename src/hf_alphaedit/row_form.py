@@ -65,7 +65,9 @@ def _resumed(
         if form is RowForm.PACKED and not aligned.attention_keys:
             return None  # what has other states may mix the tokens of a line
         if form is RowForm.PACKED:
-            return resume_packed(architecture, PackedRows.of(aligned), layer, nothing, positions)
+            return resume_packed(
+                architecture, PackedRows.of(aligned, torch.arange(len(rows))), layer, nothing, positions
+            )
         return resume_rows(architecture, aligned, layer, nothing, positions)
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
         if should_reduce_batch_size(error):

@@ -55,6 +55,12 @@ class StoredRows:
         packed = form is RowForm.PACKED and sees_everything(architecture, max(len(row.token_ids) for row in rows))
         return cls(requests, rows, row_request, row_place, aligned, packed, values[bare.to(values.device)].float())
 
+    @property
+    def row_kind(self) -> Tensor:
+        """(B,) 0 for bare prompts, 1 for prompts in a context, 2 for '<subject> is a'."""
+        contexts = torch.tensor([len(request.rows) for request in self.requests])  # (n,), the bare prompt included
+        return self.row_place.clamp_max(1) + (self.row_place == contexts[self.row_request])
+
 
 def all_rows(requests: Sequence[EncodedRequest]) -> list[TokenRow]:
     """Every row of every request, '<subject> is a' last."""
@@ -118,53 +124,47 @@ class _Turn:
 
     def __init__(self, stored: StoredRows, places: Tensor) -> None:
         """`places` are those of the turn's rows within their request."""
-        members = torch.isin(stored.row_place, places).nonzero()[:, 0]  # (b,)
-        self.requests, self.device = stored.requests, stored.initial.device
-        self.rows = [stored.rows[index] for index in members.tolist()]
-        self.row_request = stored.row_request[members]
-        # A turn of all rows shares the stored states instead of copying them.
-        self.aligned = stored.aligned if len(members) == len(stored.rows) else stored.aligned.select(members)
-        self.is_packed = stored.packed
-        self._index(torch.arange(len(stored.requests)))
+        self.stored = stored
+        self._take(torch.isin(stored.row_place, places).nonzero()[:, 0], torch.arange(len(stored.requests)))
 
     def logits(self, architecture: Architecture, layer: int, delta: Tensor) -> Tensor:
         """Logits (p, vocabulary) at `positions`, with `delta` (m, h) of the requests that are left."""
         delta = delta[self.local_request]  # (b, h)
-        if self.packed is None:
-            return resume_rows(architecture, self.aligned, layer, delta, self.positions)
-        return resume_packed(architecture, self.packed, layer, delta, self.positions)
+        if isinstance(self.resumed, PackedRows):
+            return resume_packed(architecture, self.resumed, layer, delta, self.positions)
+        return resume_rows(architecture, self.resumed, layer, delta, self.positions)
 
     def keep(self, active: Tensor) -> None:
         """Drop the rows of all requests but `active`."""
-        if len(active) == len(self.active):
-            return
-        kept = torch.isin(self.row_request, active.cpu())
-        self.rows = [row for row, keep in zip(self.rows, kept.tolist(), strict=True) if keep]
-        self.row_request, self.aligned = self.row_request[kept], self.aligned.select(kept.nonzero()[:, 0])
-        self._index(active.cpu())
+        if len(active) < len(self.active):
+            self._take(self.members[torch.isin(self.row_request, active.cpu())], active.cpu())
 
-    def _index(self, active: Tensor) -> None:
-        """Positions, labels and weights for the rows that are left; `active` are the requests' original indices."""
-        self.active, device = active, self.device
-        self.packed = PackedRows.of(self.aligned) if self.is_packed else None
+    def _take(self, members: Tensor, active: Tensor) -> None:
+        """The rows `members` (b,) of those stored, and their requests `active` (m,), by their original indices."""
+        stored, self.members, self.active = self.stored, members, active
+        device, rows = stored.initial.device, [stored.rows[index] for index in members.tolist()]
+        self.row_request = stored.row_request[members]  # (b,)
         local = {int(original): index for index, original in enumerate(active)}
         looks = self.row_request.bincount() - 1  # rows of each request that predict its target
         labels, token_request, token_weight, is_essence = [], [], [], []
-        for row, original in zip(self.rows, self.row_request.tolist(), strict=True):
-            request = self.requests[original]
+        for row, original in zip(rows, self.row_request.tolist(), strict=True):
+            request = stored.requests[original]
             essence = row is request.essence
             count = 1 if essence else len(request.target)
             labels += [0] if essence else request.target
             token_request += [local[original]] * count
             token_weight += [1 / (int(looks[original]) * count)] * count
             is_essence += [essence] * count
-        essence = torch.tensor(is_essence, device=device)
+        # All rows share the stored states instead of copying them.
+        aligned = stored.aligned if len(members) == len(stored.rows) else stored.aligned.select(members)
         # Positions of target tokens first, then one per request: splitting logits costs less than picking from them.
+        essence = torch.tensor(is_essence, device=device)
         tokens = (~essence).nonzero()[:, 0]
         order = torch.cat([tokens, essence.nonzero()[:, 0]])
-        row_index, columns = prediction_positions(self.rows, self.aligned.subject)
+        row_index, columns = prediction_positions(rows, aligned.subject)
         self.positions = row_index[order], columns[order]
         self.labels = torch.tensor(labels, device=device)[tokens]
         self.token_request = torch.tensor(token_request, device=device)[tokens]
         self.token_weight = torch.tensor(token_weight, device=device)[tokens]
         self.local_request = torch.tensor([local[original] for original in self.row_request.tolist()], device=device)
+        self.resumed = PackedRows.of(aligned, stored.row_kind[members]) if stored.packed else aligned

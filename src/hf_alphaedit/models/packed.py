@@ -7,7 +7,7 @@ otherwise, since of '<subject> is a' it runs a single token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import get_ident
@@ -28,73 +28,106 @@ WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
 @dataclass(frozen=True, eq=False)
-class PackedRows:
-    """B rows of S columns that hold T tokens, as one row of T tokens.
+class _Group:
+    """Some rows as attention finds them: b rows of s columns that hold t tokens, p columns of stored states before.
 
     Attributes:
-        padded: the rows as attention finds them.
-        line: the same tokens as one row: ids, positions and entry are (1, T), `subject` is where each row's subject is
-            among them, the mask is attention's own, (B, 1, S, P + S), and nothing is stored.
-        column: (T,) place of each token among the B·S columns.
-        token: (B, S) place of each column's token in the line; 0 for padding.
+        rows: the rows, padded.
+        column: (t,) place of each token among the b·s columns.
+        token: (b, s) place of each column's token among the t; 0 for padding.
+        mask: (b, 1, s, p + s) what each column sees.
     """
 
-    padded: AlignedRows
-    line: AlignedRows
+    rows: AlignedRows
     column: Tensor
     token: Tensor
+    mask: Tensor
 
     @classmethod
-    def of(cls, padded: AlignedRows) -> PackedRows:
-        """The same rows, packed."""
-        count, columns = padded.token_ids.shape
-        seen, device = padded.attention_mask.bool(), padded.token_ids.device  # (B, P + S)
-        before = seen.shape[1] - columns  # P
-        column = seen[:, before:].flatten().nonzero()[:, 0]  # (T,)
+    def of(cls, rows: AlignedRows) -> _Group:
+        count, columns = rows.token_ids.shape
+        seen, device = rows.attention_mask.bool(), rows.token_ids.device  # (b, p + s)
+        before = seen.shape[1] - columns
+        column = seen[:, before:].flatten().nonzero()[:, 0]
         token = torch.zeros(count * columns, dtype=torch.long, device=device)
         token[column] = torch.arange(len(column), device=device)
-        token = token.view(count, columns)
         # Padding stands behind all tokens of its row, so that causality alone hides it.
         causal = torch.ones(columns, columns, dtype=torch.bool, device=device).tril().expand(count, -1, -1)
         mask = torch.cat([seen[:, None, :before].expand(-1, columns, -1), causal], dim=-1)[:, None]
-
-        def in_line(states: Tensor) -> Tensor:  # (B, S, ...) -> (1, T, ...)
-            return states.flatten(0, 1).index_select(0, column.to(states.device))[None]
-
-        line = replace(
-            padded, token_ids=in_line(padded.token_ids), position_ids=in_line(padded.position_ids),
-            entry=None if padded.entry is None else in_line(padded.entry), attention_mask=mask,
-            subject=token[torch.arange(count, device=device), padded.subject], attention_keys=(), attention_values=(),
-        )  # fmt: skip
-        return cls(padded, line, column, token)
+        return cls(rows, column, token.view(count, columns), mask)
 
     def spread(self, states: Tensor) -> Tensor:
-        """(1, heads, T, size) -> (B, heads, S, size); in padding stands the first token's."""
-        token = self.token.to(states.device)  # (B, S)
-        rows = states[0].transpose(0, 1).index_select(0, token.flatten())  # (B·S, heads, size)
-        return rows.unflatten(0, token.shape).transpose(1, 2)
+        """(t, heads, size) -> (b, heads, s, size); in padding stands the first token's."""
+        token = self.token.to(states.device)
+        return states.index_select(0, token.flatten()).unflatten(0, token.shape).transpose(1, 2)
 
     def gather(self, states: Tensor) -> Tensor:
-        """(B, S, heads, size) -> (1, T, heads, size)."""
-        return states.flatten(0, 1).index_select(0, self.column.to(states.device))[None]
+        """(b, s, ...) -> (t, ...)."""
+        return states.flatten(0, 1).index_select(0, self.column.to(states.device))
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRows:
+    """B rows of S columns at most, as one row of their T tokens.
+
+    Attributes:
+        line: the tokens as one row: ids, positions and entry are (1, T), `subject` says where each row's subject is
+            among them, and nothing is stored. Its mask only tells the model's code to make none.
+        token: (B, S) place of each column's token in the line; 0 for padding.
+        groups: the rows as attention finds them, in the order of the line.
+    """
+
+    line: AlignedRows
+    token: Tensor
+    groups: Sequence[_Group]
+
+    @classmethod
+    def of(cls, rows: AlignedRows, kinds: Tensor) -> PackedRows:
+        """The rows, packed. Rows of one kind, of which `kinds` (B,) has the numbers, are alike in length.
+
+        Attention runs for each kind by itself: rows that are padded to the length of others would cost it most.
+        """
+        members = [(kinds == kind).nonzero()[:, 0] for kind in kinds.unique()]
+        groups = [_Group.of(rows.select(member)) for member in members]
+        token, start = torch.zeros_like(rows.token_ids), 0
+        for member, group in zip(members, groups, strict=True):
+            token[member.to(token.device), : group.token.shape[1]] = start + group.token
+            start += len(group.column)
+
+        def in_line(name: str) -> Tensor:  # (1, T, ...)
+            return torch.cat([group.gather(getattr(group.rows, name)) for group in groups])[None]
+
+        line = replace(
+            rows, token_ids=in_line("token_ids"), position_ids=in_line("position_ids"),
+            entry=None if rows.entry is None else in_line("entry"), attention_mask=groups[0].mask,
+            subject=token[torch.arange(len(token), device=token.device), rows.subject],
+            attention_keys=(), attention_values=(),
+        )  # fmt: skip
+        return cls(line, token, groups)
 
     @contextmanager
     def attention(self) -> Iterator[None]:
         """transformers' attention gets the rows instead of the line, as far as this thread calls it."""
         attend, thread = ALL_ATTENTION_FUNCTIONS[ATTENTION], get_ident()
+        sizes = [len(group.column) for group in self.groups]
 
         def attend_in_rows(
-            module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **keywords: Any
-        ) -> tuple[Tensor, Any]:
+            module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **keywords: Any
+        ) -> tuple[Tensor, None]:
             if get_ident() != thread:
-                return attend(module, query, key, value, *arguments, **keywords)
-            query, key, value = self.spread(query), self.spread(key), self.spread(value)
-            if self.padded.attention_keys:
-                block = module.layer_idx
-                key = torch.cat([self.padded.attention_keys[block], key], dim=2)  # (B, heads, P + S, size)
-                value = torch.cat([self.padded.attention_values[block], value], dim=2)
-            attended, weights = attend(module, query, key, value, *arguments, **keywords)  # (B, S, heads, size)
-            return self.gather(attended), weights
+                return attend(module, query, key, value, mask, **keywords)
+            # Three times (1, heads, T, size), cut into (t, heads, size) for each group.
+            parts = zip(*[states[0].transpose(0, 1).split(sizes) for states in (query, key, value)], strict=True)
+            attended = []
+            for group, part in zip(self.groups, parts, strict=True):
+                query, key, value = map(group.spread, part)
+                if group.rows.attention_keys:
+                    block = module.layer_idx
+                    key = torch.cat([group.rows.attention_keys[block], key], dim=2)  # (b, heads, p + s, size)
+                    value = torch.cat([group.rows.attention_values[block], value], dim=2)
+                output, _ = attend(module, query, key, value, group.mask.to(query.device), **keywords)
+                attended.append(group.gather(output))  # (b, s, heads, size) -> (t, heads, size)
+            return torch.cat(attended)[None], None
 
         ALL_ATTENTION_FUNCTIONS[ATTENTION] = attend_in_rows
         try:

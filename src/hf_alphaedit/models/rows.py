@@ -59,23 +59,25 @@ class AlignedRows:
         return torch.zeros_like(columns) if alone else torch.arange(len(columns), device=columns.device), columns
 
     def select(self, rows: Tensor) -> AlignedRows:
-        """The rows with these indices (n,), and no more columns than the longest of them needs."""
+        """The rows with these indices (n,), and no more columns than they need on either side."""
 
         def pick(tensor: Tensor) -> Tensor:
             return tensor.index_select(0, rows.to(tensor.device))
 
+        before = self.attention_mask.shape[1] - self.token_ids.shape[1]  # P
         attention_mask = pick(self.attention_mask)
-        width = int(attention_mask.any(0).nonzero().max()) + 1  # what lies behind is padding in all of these rows
-        columns = width - (self.attention_mask.shape[1] - self.token_ids.shape[1])
+        seen = attention_mask.any(0).nonzero()[:, 0].tolist()  # the other columns are padding in all of these rows
+        first, end = min(seen[0], max(before - 1, 0)), seen[-1] + 1
+        columns = end - before
         return replace(
             self,
             token_ids=pick(self.token_ids)[:, :columns],
-            attention_mask=attention_mask[:, :width],
+            attention_mask=attention_mask[:, first:end],
             position_ids=pick(self.position_ids)[:, :columns],
             entry=None if self.entry is None else pick(self.entry)[:, :columns].contiguous(),  # Conv1D takes views
             subject=pick(self.subject),
-            attention_keys=tuple(pick(keys) for keys in self.attention_keys),
-            attention_values=tuple(pick(values) for values in self.attention_values),
+            attention_keys=tuple(pick(keys[:, :, first:]) for keys in self.attention_keys),
+            attention_values=tuple(pick(values[:, :, first:]) for values in self.attention_values),
         )
 
 
