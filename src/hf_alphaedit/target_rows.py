@@ -98,9 +98,7 @@ class RowLoss:
         """`rows` are those of requests with the same number of contexts; `norm` (n,) is that of their values."""
         self.architecture, self.layer, self.norm, self.config = architecture, layer, norm, config
         turns = turns_of(len(rows.requests[0].rows), config.contexts_in_turn)
-        self.turns = [
-            _Turn(rows, torch.isin(rows.row_place, torch.tensor(places)).nonzero()[:, 0]) for places in turns
-        ]
+        self.turns = [_Turn(rows, places) for places in turns]
         self.step = 0
         self.reference: Tensor | None = None
 
@@ -122,10 +120,11 @@ class RowLoss:
 class _Turn:
     """The rows of one turn, what they are to predict, and where; rows of finished requests are dropped."""
 
-    def __init__(self, stored: StoredRows, places: Tensor) -> None:
+    def __init__(self, stored: StoredRows, places: Sequence[int]) -> None:
         """`places` are those of the turn's rows within their request."""
         self.stored = stored
-        self._take(torch.isin(stored.row_place, places).nonzero()[:, 0], torch.arange(len(stored.requests)))
+        members = torch.isin(stored.row_place, torch.tensor(places)).nonzero()[:, 0]  # (b,)
+        self._take(members, torch.arange(len(stored.requests)))
 
     def logits(self, architecture: Architecture, layer: int, delta: Tensor) -> Tensor:
         """Logits (p, vocabulary) at `positions`, with `delta` (m, h) of the requests that are left."""
