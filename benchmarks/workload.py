@@ -43,10 +43,9 @@ class Workload:
 
 
 def data_directory() -> Path | None:
-    """The folder named by `HF_ALPHAEDIT_DATA`, else `shared/data` beside the repository, if it is there."""
+    """The folder named by `HF_ALPHAEDIT_DATA`, if it is there."""
     named = os.environ.get(DATA_VARIABLE)
-    directory = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
-    return directory if directory.is_dir() else None
+    return Path(named) if named and Path(named).is_dir() else None
 
 
 def load_records(count: int) -> tuple[list[Record], str]:

@@ -64,10 +64,9 @@ def tiny_gpt2() -> PreTrainedModel:
 def data_directory() -> Path:
     """Evaluation data that is not part of the repository: CounterFact, zsRE, Wikipedia text and so on."""
     named = os.environ.get("HF_ALPHAEDIT_DATA")
-    directory = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
-    if not directory.is_dir():
-        pytest.skip(f"no evaluation data at {directory}: set HF_ALPHAEDIT_DATA to the folder that has it")
-    return directory
+    if not named or not Path(named).is_dir():
+        pytest.skip("no evaluation data: set HF_ALPHAEDIT_DATA to the folder that has it")
+    return Path(named)
 
 
 @pytest.fixture(scope="session")
