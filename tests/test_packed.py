@@ -112,7 +112,8 @@ def test_rows_longer_than_a_window_are_padded(monkeypatch: pytest.MonkeyPatch) -
     long = EditRequest("We say {} is", "Ada", "the city of all people who sing and play very loud music in the street")
     requests = [encode_request(tiny_tokenizer(), request) for request in (first, last, long)]
     architecture = architecture_of(model=tiny_model("gemma3_text", sliding_window=window))
-    assert row_form(architecture, requests, LAYER) is RowForm.PACKED  # tried with the first two
+    assert row_form(architecture, requests[:2], LAYER) is RowForm.PACKED  # the two that are tried in both cases
+    assert row_form(architecture, requests, LAYER) is RowForm.PADDED
     assert sees_everything(architecture, window)
     longest = max(len(row.token_ids) for row in all_rows(requests))
     assert longest > window + 1
@@ -121,7 +122,6 @@ def test_rows_longer_than_a_window_are_padded(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("hf_alphaedit.targets.row_form", lambda *_: RowForm.WHOLE)
     whole = targets(architecture, requests)
     assert_same(found, whole)
-    monkeypatch.setattr("hf_alphaedit.target_rows.sees_everything", lambda *_: True)
     monkeypatch.setattr("hf_alphaedit.targets.row_form", lambda *_: RowForm.PACKED)
     assert (deltas(targets(architecture, requests)) - deltas(whole))[2].norm() > 1e-2 * deltas(whole)[2].norm()
 

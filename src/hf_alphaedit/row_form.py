@@ -14,8 +14,8 @@ from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.beginnings import agree, most_shifted
 from hf_alphaedit.models.encoding import EncodedRequest, TokenRow
 from hf_alphaedit.models.forward import align_rows, resume_rows, whole_logits
-from hf_alphaedit.models.packed import PackedRows, resume_packed
-from hf_alphaedit.models.rows import RowForm, prediction_positions
+from hf_alphaedit.models.packed import PackedRows, resume_packed, sees_everything
+from hf_alphaedit.models.rows import AlignedRows, RowForm, prediction_positions
 from hf_alphaedit.target_rows import all_rows
 
 
@@ -36,10 +36,14 @@ def row_form(architecture: Architecture, requests: Sequence[EncodedRequest], lay
     reference = whole_logits(architecture, rows)
     if not torch.isfinite(reference).all():
         raise EditingError("the model's logits are not finite; its weights are damaged, or need dtype='float32'")
-    for form in RowForm:
-        found = _resumed(architecture, rows, groups, layer, form)
-        if found is not None and agree(found, reference):
-            return form
+    for cached, forms in (True, (RowForm.PACKED, RowForm.PADDED)), (False, (RowForm.WHOLE,)):
+        aligned, _ = align_rows(architecture, rows, layer, cached=cached, groups=groups)
+        for form in forms:
+            if form is RowForm.PACKED and not _may_be_packed(architecture, requests, aligned):
+                continue
+            found = _resumed(architecture, aligned, rows, layer, form)
+            if found is not None and agree(found, reference):
+                return form
     raise UnsupportedModelError(
         f"{type(architecture.model).__name__} gives other logits when its blocks from "
         f"{architecture.resume_block(layer)} on run from stored hidden states; its blocks depend on more than that"
@@ -53,21 +57,24 @@ def _most_different(requests: Sequence[EncodedRequest]) -> tuple[list[TokenRow],
     return most_shifted([request.rows[-1] for request in requests]), [0, 0]
 
 
+def _may_be_packed(architecture: Architecture, requests: Sequence[EncodedRequest], aligned: AlignedRows) -> bool:
+    """Whether two rows can tell: what has other states may mix a line's tokens, and some rows may pass a window."""
+    return bool(aligned.attention_keys) and sees_everything(
+        architecture, max(len(row.token_ids) for row in all_rows(requests))
+    )
+
+
 @torch.no_grad()
 def _resumed(
-    architecture: Architecture, rows: Sequence[TokenRow], groups: Sequence[int], layer: int, form: RowForm
+    architecture: Architecture, aligned: AlignedRows, rows: Sequence[TokenRow], layer: int, form: RowForm
 ) -> Tensor | None:
     """The logits at the rows' predictions, resumed with a delta of zero; None if they can't be in this form."""
-    aligned, _ = align_rows(architecture, rows, layer, cached=form is not RowForm.WHOLE, groups=groups)
     nothing = torch.zeros(len(rows), architecture.hidden_size, device=aligned.subject.device)
     positions = prediction_positions(rows, aligned.subject)
     try:
-        if form is RowForm.PACKED and not aligned.attention_keys:
-            return None  # what has other states may mix the tokens of a line
         if form is RowForm.PACKED:
-            return resume_packed(
-                architecture, PackedRows.of(aligned, torch.arange(len(rows))), layer, nothing, positions
-            )
+            packed = PackedRows.of(aligned, torch.arange(len(rows)))
+            return resume_packed(architecture, packed, layer, nothing, positions)
         return resume_rows(architecture, aligned, layer, nothing, positions)
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
         if should_reduce_batch_size(error):

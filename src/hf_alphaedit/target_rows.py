@@ -13,7 +13,7 @@ from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import EncodedRequest, TokenRow
 from hf_alphaedit.models.forward import align_rows, resume_rows
-from hf_alphaedit.models.packed import PackedRows, resume_packed, sees_everything
+from hf_alphaedit.models.packed import PackedRows, resume_packed
 from hf_alphaedit.models.rows import AlignedRows, RowForm, prediction_positions
 
 
@@ -52,8 +52,8 @@ class StoredRows:
         # Rows of one context begin with the same tokens.
         cached, groups = form is not RowForm.WHOLE, row_place.tolist()
         aligned, values = align_rows(architecture, rows, layer, cached=cached, groups=groups)
-        packed = form is RowForm.PACKED and sees_everything(architecture, max(len(row.token_ids) for row in rows))
-        return cls(requests, rows, row_request, row_place, aligned, packed, values[bare.to(values.device)].float())
+        initial = values[bare.to(values.device)].float()
+        return cls(requests, rows, row_request, row_place, aligned, form is RowForm.PACKED, initial)
 
     @property
     def row_kind(self) -> Tensor:

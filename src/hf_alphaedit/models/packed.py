@@ -47,13 +47,12 @@ class _Group:
     def of(cls, rows: AlignedRows) -> _Group:
         count, columns = rows.token_ids.shape
         seen, device = rows.attention_mask.bool(), rows.token_ids.device  # (b, p + s)
-        before = seen.shape[1] - columns
-        column = seen[:, before:].flatten().nonzero()[:, 0]
+        column = seen[:, rows.before :].flatten().nonzero()[:, 0]
         token = torch.zeros(count * columns, dtype=torch.long, device=device)
         token[column] = torch.arange(len(column), device=device)
         # Padding stands behind all tokens of its row, so that causality alone hides it.
         causal = torch.ones(columns, columns, dtype=torch.bool, device=device).tril().expand(count, -1, -1)
-        mask = torch.cat([seen[:, None, :before].expand(-1, columns, -1), causal], dim=-1)[:, None]
+        mask = torch.cat([seen[:, None, : rows.before].expand(-1, columns, -1), causal], dim=-1)[:, None]
         return cls(rows, column, token.view(count, columns), mask)
 
     def spread(self, states: Tensor) -> Tensor:

@@ -52,6 +52,11 @@ class AlignedRows:
     block_form: tuple[type, int]
 
     @property
+    def before(self) -> int:
+        """P, the columns before the subject's."""
+        return self.attention_mask.shape[1] - self.token_ids.shape[1]
+
+    @property
     def subjects(self) -> tuple[Tensor, Tensor]:
         """Row and column of each subject's last token: one for every row, or all in the only one (`models.packed`)."""
         alone = len(self.token_ids) == 1
@@ -64,11 +69,10 @@ class AlignedRows:
         def pick(tensor: Tensor) -> Tensor:
             return tensor.index_select(0, rows.to(tensor.device))
 
-        before = self.attention_mask.shape[1] - self.token_ids.shape[1]  # P
         attention_mask = pick(self.attention_mask)
         seen = attention_mask.any(0).nonzero()[:, 0].tolist()  # the other columns are padding in all of these rows
-        first, end = min(seen[0], max(before - 1, 0)), seen[-1] + 1
-        columns = end - before
+        first, end = min(seen[0], max(self.before - 1, 0)), seen[-1] + 1
+        columns = end - self.before
         return replace(
             self,
             token_ids=pick(self.token_ids)[:, :columns],
