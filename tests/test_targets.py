@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from hf_alphaedit.chunks import CHUNK_COST, chunked, step_tokens, suffix_length
 from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.errors import EditingError
+from hf_alphaedit.models import beginnings
 from hf_alphaedit.models.architecture import Architecture, resolve_architecture
 from hf_alphaedit.models.encoding import EncodedRequest, TokenRow, encode_request
 from hf_alphaedit.models.forward import align_rows
@@ -211,19 +212,46 @@ def test_beginnings_that_contexts_share_run_once(family: str) -> None:
     architecture, requests = architecture_of(family), encoded()
     rows = [row for request in requests for row in (*request.rows, request.essence)]
     groups = list(range(4)) * len(requests)
-    lengths: list[int] = []
+    tokens: list[int] = []
     embedding = architecture.model.get_input_embeddings()
-    handle = embedding.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    handle = embedding.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].numel()))
     shared, values = align_rows(architecture, rows, LAYER, groups=groups)
+    with_sharing = sum(tokens)
     alone, expected_values = align_rows(architecture, rows, LAYER)
     handle.remove()
-    _, rest, _, everything, _ = lengths  # beginnings, what follows up to the subject, what follows that; the last two
-    assert rest < everything
+    assert with_sharing < sum(tokens) - with_sharing
     mine = [values, shared.entry, *shared.attention_keys, *shared.attention_values]
     theirs = [expected_values, alone.entry, *alone.attention_keys, *alone.attention_values]
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     assert torch.equal(shared.attention_mask, alone.attention_mask)
     assert torch.equal(shared.position_ids, alone.position_ids)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "bloom"])
+def test_rows_of_other_lengths_run_by_themselves(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture, requests = architecture_of(family), encoded()
+    rows = [row for request in requests for row in (*request.rows, request.essence)]
+    groups = list(range(4)) * len(requests)
+    tokens: list[int] = []
+    embedding = architecture.model.get_input_embeddings()
+    handle = embedding.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].numel()))
+    found, run = [], []
+    for cost in (0, 10**6):  # each length by itself; all at once
+        monkeypatch.setattr(beginnings, "PASS_COST", cost)
+        found.append(align_rows(architecture, rows, LAYER, groups=groups)[0])
+        run.append(sum(tokens) - sum(run))
+    handle.remove()
+    apart, together = found
+    assert run[0] < run[1]
+    tokens_of = apart.attention_mask[:, apart.before :].bool()  # padding may hold anything
+    mine, theirs = ([one.entry[tokens_of], *one.attention_keys, *one.attention_values] for one in found)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert apart.entry.shape == together.entry.shape
+
+
+def test_a_pass_is_cut_where_padding_would_cost_more_than_another() -> None:
+    assert beginnings.alike([3, 140, 3, 139, 0]) == [[1, 3], [0, 2, 4]]
+    assert beginnings.alike([5] * 3) == [[0, 1, 2]]
 
 
 class SmallMemory:

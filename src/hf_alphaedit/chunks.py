@@ -13,7 +13,7 @@ CPU_CHUNK = 1024
 # Tokens of a pass without gradients, on any device.
 WALK_CHUNK = 2048
 CHUNK_COST = 64  # in tokens: what a pass takes however little it holds
-PACKED_PADDING = 1 / 8  # of a token's cost: what padding takes that only attention sees
+PACKED_PADDING = 1 / 20  # of a token's cost: what padding takes that only attention sees
 
 
 def suffix_length(request: EncodedRequest) -> int:

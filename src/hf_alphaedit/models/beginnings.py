@@ -19,6 +19,8 @@ from hf_alphaedit.models.rows import AlignedRows, position_keywords, whole_rows
 # Largest relative difference between a resumed pass and a whole one that is rounding.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 LOW_PRECISION_TOLERANCE = 5e-2
+# What a pass through all blocks takes however few tokens run, in tokens.
+PASS_COST = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,22 +52,24 @@ class Beginnings:
         row_group = torch.tensor([place[group] for group in groups])
         return cls(aligned, row_group, [len(common[group]) for group in groups])
 
-    def for_rows(self, states: Iterable[DynamicLayer]) -> DynamicCache:
-        """A cache that holds each row's beginning, from the groups' states (G, heads, C, size)."""
+    def for_rows(self, states: Iterable[DynamicLayer], rows: Sequence[int] | None = None) -> DynamicCache:
+        """A cache with the beginning of each of `rows`, or of all, from the groups' states (G, heads, C, size)."""
+        groups = self.row_group if rows is None else self.row_group[list(rows)]
         picked = []
         for layer in states:
-            index = self.row_group.to(layer.keys.device)
+            index = groups.to(layer.keys.device)
             picked.append((layer.keys.index_select(0, index), layer.values.index_select(0, index)))
         return cache_of(picked)
 
 
-def continued_rows(architecture: Architecture, rows: Sequence[TokenRow], lengths: Sequence[int]) -> AlignedRows:
+def continued_rows(
+    architecture: Architecture, rows: Sequence[TokenRow], lengths: Sequence[int], shared: int
+) -> AlignedRows:
     """Rows whose first `lengths` tokens have run already.
 
-    What has run is in C columns, padded on the right; then come R columns up to the subject's last token, padded on
-    the left, and S from there on, padded on the right. Tokens are (B, R + S), the mask is (B, C + R + S).
+    What has run is in C = `shared` columns, padded on the right; then come R columns up to the subject's last token,
+    padded on the left, and S from there on, padded on the right. Tokens are (B, R + S), the mask is (B, C + R + S).
     """
-    shared = max(lengths)  # C
     own = max(row.subject - length for row, length in zip(rows, lengths, strict=True))  # R
     after = max(len(row.token_ids) - row.subject for row in rows)  # S
     token_ids = torch.zeros(len(rows), own + after, dtype=torch.long)
@@ -82,6 +86,19 @@ def continued_rows(architecture: Architecture, rows: Sequence[TokenRow], lengths
         token_ids.to(device), attention_mask.to(device), position_ids.to(device), None, subject.to(device), (), (),
         (Tensor, 1),
     )  # fmt: skip
+
+
+def alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of rows of these lengths, longest first, cut where padding would cost more than another pass."""
+    chunks: list[list[int]] = []
+    padding = 0
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        padding += lengths[chunks[-1][0]] - lengths[index] if chunks else 0
+        if not chunks or padding > PASS_COST:
+            chunks.append([])
+            padding = 0
+        chunks[-1].append(index)
+    return chunks
 
 
 def most_shifted(rows: Sequence[TokenRow]) -> list[TokenRow]:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from torch.nn import functional
+from transformers.cache_utils import DynamicCache
 
 from hf_alphaedit.models.architecture import Architecture
-from hf_alphaedit.models.beginnings import Beginnings, cache_of, continued_rows, continuing, is_plain
+from hf_alphaedit.models.beginnings import Beginnings, alike, cache_of, continued_rows, continuing, is_plain
 from hf_alphaedit.models.encoding import TokenRow
 from hf_alphaedit.models.hooks import on_input, on_output, stop_after
 from hf_alphaedit.models.rows import (
@@ -77,51 +78,79 @@ def _split_with_states(
 ) -> AlignedRows | None:
     """The rows split at the subject, with the attention states of what precedes it.
 
-    None if nothing does, or if some block's state isn't one attention key and value for each position.
+    Rows run beside others of their length, so that little of what runs is padding. None if nothing precedes a subject,
+    or if some block's state isn't one attention key and value for each position.
     """
     split, before = split_rows(architecture, rows), max(row.subject for row in rows)  # P
-    beginnings = Beginnings.of(architecture, rows, groups)
+    beginnings, blocks = Beginnings.of(architecture, rows, groups), len(architecture.blocks)
     common = [0] * len(rows) if beginnings is None else beginnings.lengths
     preceding = [TokenRow(row.token_ids[: row.subject], row.subject, row.subject) for row in rows]
-    running = continued_rows(architecture, preceding, common)
-    shared, own = max(common), running.token_ids.shape[1]  # C, R
-    cache = DynamicCache()
+    shared, begun = max(common), DynamicCache()  # C
     if beginnings is not None:
-        states = _run_through(architecture, beginnings.aligned, {"past_key_values": cache, "use_cache": True})
-        if not is_plain(states, len(architecture.blocks), shared):
+        _run_through(architecture, beginnings.aligned, {"past_key_values": begun, "use_cache": True})
+        if not is_plain(begun.layers, blocks, shared):
             return None
-        cache = beginnings.for_rows(states)
-    if own:
-        _run_through(architecture, running, continuing(architecture, cache, running))
-    if not is_plain(cache.layers, len(architecture.blocks), before and shared + own):
-        return None
-    column = torch.zeros(len(rows), before, dtype=torch.long)  # (B, P) where each token has run
-    for index, (row, length) in enumerate(zip(rows, common, strict=True)):
-        ran_at = [*range(length), *range(shared + own - (row.subject - length), shared + own)]
-        column[index, before - row.subject :] = torch.tensor(ran_at, dtype=torch.long)
-    padding = split.attention_mask[:, :before, None, None] == 0  # (B, P, 1, 1)
-
-    def before_subject(states: Tensor) -> Tensor:  # (B, heads, C + R, size) -> (B, heads, P, size)
-        picked = states.transpose(1, 2)[torch.arange(len(rows))[:, None], column]  # (B, P, heads, size)
-        # Padded positions are masked, but a NaN in them would survive a zero attention weight.
-        return picked.masked_fill(padding.to(states.device), 0).transpose(1, 2).contiguous()
-
+    kept: list[tuple[Tensor, Tensor]] = []  # keys and values of each block, (B, heads, P, size)
+    for members in alike([row.subject - length for row, length in zip(rows, common, strict=True)]):
+        lengths = [common[index] for index in members]
+        running = continued_rows(architecture, [preceding[index] for index in members], lengths, shared)
+        own = running.token_ids.shape[1]  # R
+        cache = DynamicCache() if beginnings is None else beginnings.for_rows(begun.layers, members)
+        if own:
+            _run_through(architecture, running, continuing(architecture, cache, running))
+        if not is_plain(cache.layers, blocks, before and shared + own):
+            return None
+        row, column, ran_in, ran_at = [], [], [], []  # where each token before a subject belongs, and where it ran
+        for place, (index, length) in enumerate(zip(members, lengths, strict=True)):
+            count = rows[index].subject
+            row += [index] * count
+            column += range(before - count, before)
+            ran_in += [place] * count
+            ran_at += [*range(length), *range(shared + own - (count - length), shared + own)]
+        for block, layer in enumerate(cache.layers):
+            if len(kept) == block:
+                kept.append((_room(layer.keys, len(rows), before), _room(layer.values, len(rows), before)))
+            for states, ran in zip(kept[block], (layer.keys, layer.values), strict=True):
+                states[row, :, column] = ran[ran_in, :, ran_at]
     return replace(
-        split,
-        attention_keys=tuple(before_subject(layer.keys) for layer in cache.layers),
-        attention_values=tuple(before_subject(layer.values) for layer in cache.layers),
+        split, attention_keys=tuple(keys for keys, _ in kept), attention_values=tuple(values for _, values in kept)
     )
 
 
-def _run_through(architecture: Architecture, aligned: AlignedRows, keywords: dict[str, Any]) -> list[DynamicLayer]:
-    """Run all blocks, but not the head; the layers of the cache that is among the `keywords`."""
+def _room(states: Tensor, rows: int, columns: int) -> Tensor:
+    """Zeros for such states (b, heads, n, size): padding is masked, but a NaN in it would survive a weight of zero."""
+    return states.new_zeros(rows, states.shape[1], columns, states.shape[3])
+
+
+def _run_through(architecture: Architecture, aligned: AlignedRows, keywords: dict[str, Any]) -> None:
+    """Run all blocks, but not the head; what they keep goes into the cache that is among the `keywords`."""
     with stop_after(architecture.blocks[-1]):
         architecture.model(input_ids=aligned.token_ids, attention_mask=aligned.attention_mask, **keywords)
-    return keywords["past_key_values"].layers
 
 
 def _run_to_values(architecture: Architecture, aligned: AlignedRows, delta_layer: int) -> tuple[AlignedRows, Tensor]:
-    """Run up to the value module: `aligned` with what enters the first block to run again, and the values (B, h)."""
+    """Run up to the value module: `aligned` with what enters the first block to run again, and the values (B, h).
+
+    Here, too, rows run beside others of their length.
+    """
+    chunks = alike(aligned.attention_mask[:, aligned.before :].sum(-1).tolist())
+    if len(chunks) == 1:
+        return _run_side_by_side(architecture, aligned, delta_layer)
+    parts = [_run_side_by_side(architecture, aligned.select(torch.tensor(rows)), delta_layer) for rows in chunks]
+    order = torch.tensor([row for rows in chunks for row in rows]).argsort()
+    values = torch.cat([found for _, found in parts])  # (B, h)
+    aligned = replace(aligned, block_form=parts[0][0].block_form)
+    entries = [part.entry for part, _ in parts if part.entry is not None]
+    if entries:
+        columns = aligned.token_ids.shape[1]
+        padded = [functional.pad(entry, (0, 0, 0, columns - entry.shape[1])) for entry in entries]
+        aligned = replace(aligned, entry=torch.cat(padded)[order.to(padded[0].device)])
+    return aligned, values[order.to(values.device)]
+
+
+def _run_side_by_side(
+    architecture: Architecture, aligned: AlignedRows, delta_layer: int
+) -> tuple[AlignedRows, Tensor]:
     first_block, value_module = architecture.resume_block(delta_layer), architecture.value_module(delta_layer)
     entry: list[Tensor] = []
     values: list[Tensor] = []
@@ -196,7 +225,7 @@ def _logits(architecture: Architecture, aligned: AlignedRows, positions: tuple[T
         output = architecture.model(
             input_ids=aligned.token_ids, attention_mask=aligned.attention_mask, **_continuing(architecture, aligned)
         )
-    return output.logits[0]
+    return output.logits.squeeze(0)  # whose backward pass, unlike that of an index, copies nothing
 
 
 def _continuing(architecture: Architecture, aligned: AlignedRows) -> dict[str, Any]:

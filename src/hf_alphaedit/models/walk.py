@@ -53,7 +53,7 @@ class KeyWalk:
             self.aligned = whole_rows(architecture, rows)
         else:
             self.begun = self.beginnings.aligned
-            self.aligned = continued_rows(architecture, rows, self.beginnings.lengths)
+            self.aligned = continued_rows(architecture, rows, self.beginnings.lengths, max(self.beginnings.lengths))
         self.states: list[DynamicLayer] = []  # of the beginnings, for every block that has run
         self.first_block = 0
 
