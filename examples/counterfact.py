@@ -21,6 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--paper", action="store_true", help="the published settings instead of the recommended ones")
+    parser.add_argument(
+        "--repair", type=int, default=0, metavar="ROUNDS", help="then edit what the model doesn't say again"
+    )
     parser.add_argument("--save", help="write the edited model to this directory")
     options = parser.parse_args(arguments)
 
@@ -36,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     editor.prepare(data.corpus)
     start = time.perf_counter()
     edits = editor.apply_edits(data.records, batch_size=options.batch_size, seed=options.seed)
+    repairs = editor.repair(rounds=options.repair, batch_size=options.batch_size) if options.repair else []
     seconds = time.perf_counter() - start
     after = evaluate(
         editor.model, editor.tokenizer, data.records, held_out=data.held_out, lambada=data.lambada, before=before,
@@ -52,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for site in edits.sites:
         print(f"{site.site}: ‖Δ‖/‖W‖ {site.relative_norm:.4f}, {site.null_rank} of {site.dimension} directions free")
     print(", ".join(f"{phase} {spent:.1f} s" for phase, spent in edits.seconds.items()))
+    for number, report in enumerate(repairs, start=1):
+        print(f"repair {number}: {len(report.outcomes)} facts edited again, {sum(report.seconds.values()):.0f} s")
     for warning in edits.warnings:
         print(f"warning: {warning}")
     write_figures(
@@ -59,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {
             "model": options.model, "source": data.source, "config": editor.config.to_dict(), "seconds": seconds,
             "before": before.to_dict(), "after": after.to_dict(), "edits": edits.to_dict(),
+            "repairs": [report.to_dict() for report in repairs],
         },
     )  # fmt: skip
     if options.save:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from editable import REQUESTS
 from test_hub import Hub
 from test_tracing import FACTS as KNOWN_FACTS
 from test_tracing import knowing_model
@@ -122,6 +123,25 @@ def test_undo_writes_into_the_directory_it_read_from(folder: Path, edited: Path,
     assert same(tmp_path / "again", folder / "base")
     assert not list((tmp_path / "again").glob(".saving-*"))
     assert "0 edits" in run("info", tmp_path / "again").stdout
+
+
+def test_repair_makes_lost_edits_again(folder: Path, tmp_path: Path):
+    (tmp_path / "facts.json").write_text(json.dumps([request.to_dict() for request in REQUESTS]), encoding="utf-8")
+    corpus = ("--corpus", folder / "corpus.txt", "--tokens", 640)
+    settings = [f"--set={setting}" for setting in ("layers=2,3", "l2=0.01", "energy_share=0.9", "clamp_factor=4")]
+    weak = ("--set", "value_steps=1", "--set", "learning_rate=0.001")
+    run("edit", folder / "base", tmp_path / "facts.json", "--out", tmp_path / "weak", *corpus, *settings, *weak)
+    strong = ("--set", "value_steps=30", "--set", "learning_rate=0.5", "--set", "kl_factor=0")
+    result = run("repair", tmp_path / "weak", *corpus, *strong, "--out", tmp_path / "repaired")
+    assert "3 edits were lost, 0 are now" in result.stdout
+    assert AlphaEditor.from_pretrained(tmp_path / "repaired").lost() == []
+    info = run("info", tmp_path / "repaired").stdout
+    assert "0: The capital of France → music (made again later)\n" in info
+    assert "3: The capital of France → music\n" in info
+    # In place, with nothing left to do.
+    result = run("repair", tmp_path / "repaired", "--out", tmp_path / "repaired")
+    assert "0 edits were lost, 0 are now" in result.stdout
+    assert run("info", tmp_path / "repaired").stdout == info
 
 
 def test_remove_by_replay_gives_the_model_that_never_had_the_edit(folder: Path, edited: Path, tmp_path: Path):

@@ -1,5 +1,7 @@
 """What the preflight check finds, against requests made to be found."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from editable import REQUESTS, tiny_editor
@@ -74,14 +76,17 @@ def test_repetitions_and_contradictions(second: EditRequest, error: str | None, 
 def test_earlier_edits_are_known() -> None:
     editor = tiny_editor(value_steps=2)
     editor.apply_edits(REQUESTS)
-    again = editor.preflight([REQUESTS[0]])
-    assert any("repeats an earlier edit" in text for text in again.warnings)
-    changed = editor.preflight([EditRequest("The capital of {}", "France", "world", relation="capital")])
+    for target in (REQUESTS[0].target_new, "world"):  # in the earlier one's place: nothing stands against it
+        again = editor.preflight([replace(REQUESTS[0], target_new=target)])
+        assert not any("earlier edit" in text for text in again.warnings)
+        assert again.checks[0].nearest != REQUESTS[0].text
+    changed = editor.preflight([EditRequest("So, the capital of {}", "France", "world", relation="capital")])
     assert any("earlier edit wrote 'music'" in text and "remove" in text for text in changed.warnings)
     assert changed.edits_so_far == 3
-    assert changed.checks[0].nearest == REQUESTS[0].text  # the same key
-    assert changed.checks[0].similarity == pytest.approx(1, abs=1e-4)
-    assert any("nearly that of an earlier edit" in text for text in changed.warnings)
+    twin = editor.preflight([EditRequest("The capital of {} is", "France", "world")])
+    assert twin.checks[0].nearest == REQUESTS[0].text  # the same key
+    assert twin.checks[0].similarity == pytest.approx(1, abs=1e-4)
+    assert any("nearly that of an earlier edit" in text for text in twin.warnings)
 
 
 def test_keys_are_compared_as_the_update_sees_them() -> None:

@@ -62,6 +62,46 @@ def _is_dense(update: LowRankUpdate) -> bool:
     return rows == height and torch.equal(update.outputs, torch.eye(rows))
 
 
+def in_force(batches: Sequence[Batch], again: Sequence[EditRequest] = ()) -> list[list[int]]:
+    """For each batch, the places of those of its edits that no later one takes the place of.
+
+    An edit takes the place of earlier ones with the same text. One whose text was withheld stays in force: nobody
+    can tell what it was.
+
+    Args:
+        batches: oldest first.
+        again: requests that are about to follow them.
+    """
+    later, places = {request.text for request in again}, []
+    for batch in reversed(batches):
+        known = len(batch.requests)
+        kept = list(range(known, len(batch)))
+        for place in reversed(range(known)):
+            if (text := batch.requests[place].text) not in later:
+                later.add(text)
+                kept.append(place)
+        places.append(sorted(kept))
+    return places[::-1]
+
+
+def count_facts(batches: Sequence[Batch]) -> int:
+    """How many edits are in force."""
+    return sum(map(len, in_force(batches)))
+
+
+def past_keys(batches: Sequence[Batch], site_name: str, again: Sequence[EditRequest] = ()) -> Tensor | None:
+    """(p, d) float32 filtered keys of all edits in force at one site, oldest first; None without any.
+
+    A solve that protected the keys of an edit that it makes anew would hold on to what is to change.
+    """
+    keys = []
+    for batch, places in zip(batches, in_force(batches, again), strict=True):
+        found = batch.keys.get(site_name)
+        if found is not None:  # of experts there may be fewer keys than edits: then all stay
+            keys.append(found[places] if len(found) == len(batch) else found)
+    return torch.cat(keys) if any(map(len, keys)) else None
+
+
 def applied_updates(site_name: str, batches: Sequence[Batch], dtype: torch.dtype) -> list[LowRankUpdate]:
     """The updates of one site, oldest first, as they are applied to a weight of `dtype`.
 

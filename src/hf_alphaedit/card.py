@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from hf_alphaedit import __version__
+from hf_alphaedit.batches import count_facts, in_force
 from hf_alphaedit.state import write_text
 
 
@@ -58,14 +59,15 @@ def write_card(
 def card_section(editor: AlphaEditor, repository: str, *, include_requests: bool = True) -> str:
     """Our section of the card as Markdown, without its marks. All text from outside is escaped."""
     history, config = editor.history, editor.config
-    if not len(history):
+    count = count_facts(history.batches)
+    if not count:
         return "This model has no edits: its weights are those of the base model."
     template = resources.files("hf_alphaedit").joinpath("model_card.md").read_text(encoding="utf-8")
     environment = Environment(
         undefined=StrictUndefined, keep_trailing_newline=False
     )  # what is missing must be noticed
     rows = _rows(editor) if include_requests else []
-    withheld = sum(batch.withheld for batch in history.batches) if include_requests else len(history)
+    withheld = sum(batch.withheld for batch in history.batches) if include_requests else count
     projection = {
         "hard": "hard, on the null space of the keys of a text corpus",
         "soft": f"soft constraint by the keys of a text corpus, weight {config.soft_weight:g}",
@@ -77,7 +79,7 @@ def card_section(editor: AlphaEditor, repository: str, *, include_requests: bool
         base_revision=escaped(history.base_revision or ""),
         fingerprint=history.base_fingerprint[:16],
         repository=re.sub(r"[^\w./-]", "_", repository),
-        count=len(history),
+        count=count,
         batches=len(history.batches),
         withheld=withheld,
         rows=rows[:LONGEST_TABLE],
@@ -145,9 +147,10 @@ def _is_hub_name(name: str | None) -> bool:
 def _rows(editor: AlphaEditor) -> list[dict[str, str]]:
     """One row of the table for each edit whose request is known, escaped."""
     rows = []
-    for batch in editor.history.batches:
-        outcomes = batch.outcomes or ({},) * len(batch.requests)
-        for request, outcome in zip(batch.requests, outcomes, strict=True):
+    batches = editor.history.batches
+    for batch, places in zip(batches, in_force(batches), strict=True):
+        for place in places[: len(batch.requests)]:
+            request, outcome = batch.requests[place], batch.outcomes[place] if batch.outcomes else {}
             row = {"prompt": escaped(request.text), "target": escaped(request.target_new)}
             row |= {name: escaped(str(outcome.get(name, ""))) for name in ("before", "after")}
             for name in ("p_new_before", "p_new_after"):

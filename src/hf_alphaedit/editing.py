@@ -117,7 +117,7 @@ def edit_batch(
                 spectral_filter = filters[site.name].to(keys.device)
                 filtered = spectral_filter.root(keys)  # (n, d)
                 _require_open(filtered, spectral_filter, site.name, requests)
-                past = history.past_keys(site.name) if config.use_history else None
+                past = history.past_keys(site.name, requests) if config.use_history else None
                 past = None if past is None else past.to(keys.device)
                 columns = filtered if config.context_keys == "mean" else spectral_filter.root(in_contexts)
                 weights = None if config.context_keys == "mean" else walk.weights

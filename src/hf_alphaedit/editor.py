@@ -17,6 +17,7 @@ from hf_alphaedit.lora import export_lora
 from hf_alphaedit.pack import load_edits, save_edits
 from hf_alphaedit.preflight import preflight
 from hf_alphaedit.processes import Processes
+from hf_alphaedit.repairing import lost_edits, repair
 from hf_alphaedit.saving import save_editor
 from hf_alphaedit.tracing import trace
 from hf_alphaedit.tuning import tune
@@ -112,6 +113,17 @@ class AlphaEditor(EditedModel):
         finally:
             self.write_batches(batches)
             self.history.contexts = contexts
+
+    def lost(self) -> list[EditRequest]:
+        """The edits that the model doesn't say (any more), token by token; see `hf_alphaedit.repairing.lost_edits`."""
+        return lost_edits(self)
+
+    def repair(self, *, rounds: int = 1, **options: Any) -> list[EditReport]:
+        """Make `lost` edits again, in place of the earlier ones, in `rounds` calls of `apply_edits` at most.
+
+        Returns a report for each; see `hf_alphaedit.repairing.repair`, also for what is raised.
+        """
+        return repair(self, rounds=rounds, **options)
 
     def check(self) -> CheckReport:
         """Say what will be edited and why, what the probe saw, and what statistics and edits will cost."""

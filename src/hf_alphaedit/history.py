@@ -14,7 +14,15 @@ from torch import Tensor
 
 from hf_alphaedit import __version__
 from hf_alphaedit.algorithm.update import LowRankUpdate
-from hf_alphaedit.batches import Batch, applied_updates, decode_batches, delta_in_chunks, encode_batches, shape_of
+from hf_alphaedit.batches import (
+    Batch,
+    applied_updates,
+    decode_batches,
+    delta_in_chunks,
+    encode_batches,
+    past_keys,
+    shape_of,
+)
 from hf_alphaedit.errors import StateError
 from hf_alphaedit.models.fingerprint import weight_digest
 from hf_alphaedit.requests import EditRequest
@@ -89,10 +97,9 @@ class History:
             self.batches[index] = replace(self.batches[index], outcomes=tuple(remaining[-count:]))
             del remaining[-count:]
 
-    def past_keys(self, site_name: str) -> Tensor | None:
-        """(p, d) float32 filtered keys of all batches at one site, or None if there are none."""
-        keys = [batch.keys[site_name] for batch in self.batches if site_name in batch.keys]
-        return torch.cat(keys) if keys else None
+    def past_keys(self, site_name: str, again: Sequence[EditRequest] = ()) -> Tensor | None:
+        """The keys that a batch of the requests `again` has to protect at one site; see `hf_alphaedit.batches`."""
+        return past_keys(self.batches, site_name, again)
 
     def factors(self, site_name: str, batches: Sequence[Batch] | None = None) -> LowRankUpdate | None:
         """The factors of all `batches` (default: of the history) at one site, one after another; None if untouched."""
@@ -104,10 +111,7 @@ class History:
     def delta(self, site_name: str, batches: Sequence[Batch] | None = None) -> Tensor:
         """What the batches (default: all) add to the weight of one site: (h, d) float32 on the CPU.
 
-        Summed in float64 in the order of the edits, and rounded once.
-
-        Raises:
-            StateError: the site's base weight isn't kept.
+        Summed in float64 in the order of the edits, and rounded once. Raises as `weight` does.
         """
         base = self._base(site_name)
         delta = torch.zeros(base.shape)  # (h, d)
@@ -240,8 +244,7 @@ class History:
             include_requests: with False no text of a request or of its outcome is written, only their number; going
                 on and undoing work all the same.
             is_main_process: with False nothing is written.
-            sites: where the edited weights are now; their digests go into the file, for `check_edited`. For those not
-                given, the weight is computed.
+            sites: where the edited weights are, for the digests that `check_edited` wants; others are computed.
         """
         if not is_main_process:
             return
@@ -259,8 +262,7 @@ class History:
     def load(cls, directory: str | Path) -> History:
         """Read what `save` wrote, from the directory or the file. Follow it with `check` and `check_edited`.
 
-        Raises:
-            StateError: there is no such file, or it is damaged, cut short, of a newer format or contradicts itself.
+        `StateError` where there is no such file, or it is damaged, cut short, newer or contradicts itself.
         """
         path = Path(directory) / HISTORY_NAME if Path(directory).is_dir() else Path(directory)
         document, tensors = read_state(path, HISTORY_KIND)

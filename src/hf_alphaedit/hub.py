@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import HfApi
 
 from hf_alphaedit import __version__
+from hf_alphaedit.batches import count_facts
 from hf_alphaedit.card import CARD_NAME, write_card
 from hf_alphaedit.processes import Processes
 from hf_alphaedit.saving import require_checkpoint
@@ -72,7 +73,7 @@ def push_to_hub(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name before it
     if revision is not None and not revision.startswith("refs/pr/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    count = len(editor.history)
+    count = count_facts(editor.history.batches)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / repo_id.rsplit("/", 1)[-1]  # a new card is titled after its folder
         folder.mkdir()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_alphaedit.batches import in_force
 from hf_alphaedit.contexts import encode_requests
 from hf_alphaedit.errors import RequestError
 from hf_alphaedit.evaluation.scoring import score
@@ -145,18 +146,21 @@ def _within(requests: Sequence[EditRequest]) -> tuple[list[str], list[str]]:
 
 
 def _against(history: History, requests: Sequence[EditRequest]) -> list[str]:
-    """Earlier edits of the same fact. The history protects them, so a new target for the same key is held back."""
+    """Earlier edits of the same relation in other words: the history protects them, so the new one is held back.
+
+    One of the same prompt is not protected from the edit that takes its place.
+    """
     warnings = []
-    earlier = history.requests
-    by_prompt = {_prompt_key(request): number for number, request in enumerate(earlier)}
+    earlier = [
+        batch.requests[place]
+        for batch, places in zip(history.batches, in_force(history.batches, requests), strict=True)
+        for place in places
+        if place < len(batch.requests)
+    ]
     by_relation = {_relation_key(request, number): number for number, request in enumerate(earlier)}
     for index, request in enumerate(requests):
-        number = by_prompt.get(_prompt_key(request), by_relation.get(_relation_key(request, -1)))
-        if number is None:
-            continue
-        if _normal(earlier[number].target_new) == _normal(request.target_new):
-            warnings.append(f"request {index} repeats an earlier edit: {earlier[number].text!r}")
-        else:
+        number = by_relation.get(_relation_key(request, -1))
+        if number is not None and _normal(earlier[number].target_new) != _normal(request.target_new):
             warnings.append(
                 f"request {index} wants {request.target_new!r}, and an earlier edit wrote "
                 f"{earlier[number].target_new!r} for {earlier[number].text!r}, which is protected; remove that first"

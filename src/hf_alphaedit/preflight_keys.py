@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hf_alphaedit.batches import in_force
 from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.contexts import encode_requests
 from hf_alphaedit.editing import BatchWalk, over_contexts
@@ -63,12 +64,12 @@ def check_keys(
         raise EditingError(f"the keys of {site.name} are not finite; the model's weights are damaged, load it again")
     filters = editor.filters()
     directions = _directions(filters[site.name].root(keys.cpu()))  # (n, d)
-    past = history.past_keys(site.name)
+    past = history.past_keys(site.name, requests)
     others = directions if past is None else torch.cat([directions, _directions(past)])  # (n + p, d)
     cosines = directions @ others.T  # (n, n + p)
     cosines.fill_diagonal_(-1)
     nearest = cosines.max(1)
-    labels = [request.text for request in requests] + _labels(history, site.name)
+    labels = [request.text for request in requests] + _labels(history, site.name, requests)
     checks, warnings = [], list(report.warnings)
     for index, check in enumerate(report.checks):
         value, place = float(nearest.values[index]), int(nearest.indices[index])
@@ -106,14 +107,14 @@ def _directions(filtered: Tensor) -> Tensor:
     return torch.nn.functional.normalize(filtered.float(), dim=-1)
 
 
-def _labels(history: History, site_name: str) -> list[str]:
-    """A name for every row of `history.past_keys(site_name)`."""
-    return [
-        label
-        for batch in history.batches
-        if site_name in batch.keys
-        for label in [*(request.text for request in batch.requests), *["(text withheld)"] * batch.withheld]
-    ]
+def _labels(history: History, site_name: str, again: Sequence[EditRequest]) -> list[str]:
+    """A name for every row of `history.past_keys(site_name, again)`."""
+    labels = []
+    for batch, places in zip(history.batches, in_force(history.batches, again), strict=True):
+        if site_name in batch.keys:
+            names = [*(request.text for request in batch.requests), *["(text withheld)"] * batch.withheld]
+            labels += [names[place] for place in places] if len(batch.keys[site_name]) == len(batch) else names
+    return labels
 
 
 def _filling_up(config: AlphaEditConfig, edits: int, free: Mapping[str, int]) -> list[str]:

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from hf_alphaedit.algorithm.update import solve_update
-from hf_alphaedit.batches import Batch
+from hf_alphaedit.batches import Batch, past_keys
 from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.errors import StateError
 from hf_alphaedit.requests import EditRequest
@@ -110,15 +109,14 @@ def without_row(batch: Batch, row: int) -> Batch | None:
     )
 
 
-def solved_again(batch: Batch, past_keys: Mapping[str, list[Tensor]], roots: Mapping[str, Root]) -> Batch:
-    """The batch with its updates solved anew from its keys and residuals, after the `past_keys` of each site."""
+def solved_again(batch: Batch, earlier: Sequence[Batch], roots: Mapping[str, Root]) -> Batch:
+    """The batch with its updates solved anew from its keys and residuals, after the batches `earlier`."""
     updates = {}
     for site, update in batch.updates.items():
-        past = past_keys.get(site) if batch.settings.get("use_history", True) else None
+        past = past_keys(earlier, site, batch.requests) if batch.settings.get("use_history", True) else None
         updates[site] = solve_update(
-            batch.keys[site], torch.cat(past) if past else None, update.outputs, roots[site],
-            past_weight=batch.settings.get("history_weight", 1.0),
-        )  # fmt: skip
+            batch.keys[site], past, update.outputs, roots[site], past_weight=batch.settings.get("history_weight", 1.0)
+        )
     return replace(batch, updates=updates)
 
 
@@ -140,16 +138,9 @@ def _resolved_without(editor: AlphaEditor, number: int, row: int) -> list[Batch]
             )
     kept = list(batches[:number])
     roots = {name: spectral_filter.root for name, spectral_filter in editor.filters().items()}
-    past: dict[str, list[Tensor]] = {}
-    for batch in kept:
-        for site, keys in batch.keys.items():
-            past.setdefault(site, []).append(keys)
     for batch in [without_row(batches[number], row), *batches[number + 1 :]]:
-        if batch is None:
-            continue
-        kept.append(solved_again(batch, past, roots))
-        for site, keys in batch.keys.items():
-            past.setdefault(site, []).append(keys)
+        if batch is not None:
+            kept.append(solved_again(batch, kept, roots))
     return kept
 
 

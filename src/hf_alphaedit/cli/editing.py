@@ -143,6 +143,28 @@ def undo(
     typer.echo(f"{before - len(editor.history)} of {before} edits taken back: {out}")
 
 
+@loads_model
+def repair(
+    load: Load,
+    *,
+    out: Annotated[Path, typer.Option(help="Directory for the result; it may be the model's own.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Look for lost edits and make them again, so many times.")] = 1,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Facts in each solve; default: all at once.")] = None,
+    corpus: Corpus = None,
+    tokens: Tokens = None,
+    withhold_requests: Withhold = False,
+) -> None:
+    """Make edits again that the model no longer says."""
+    editor = load()
+    lost = len(editor.lost())
+    if lost:
+        _prepare(editor, corpus, tokens)
+    for report in editor.repair(rounds=rounds, batch_size=batch_size):
+        show(report, as_json=False)
+    save(editor, out, include_requests=not withhold_requests)
+    typer.echo(f"{lost} edits were lost, {len(editor.lost())} are now: {out}")
+
+
 def _prepare(editor: AlphaEditor, corpus: str | None, tokens: int | None) -> None:
     """Collect the statistics on the corpus that was asked for; without one, the editor does it when it needs them."""
     if corpus is not None or tokens is not None:

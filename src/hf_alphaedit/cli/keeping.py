@@ -134,10 +134,10 @@ class Contents:
         index = 0
         for number, batch in enumerate(self.batches):
             lines.append(f"batch {number}: {batch['edits']} edits, {batch['created']}, {', '.join(batch['sites'])}")
-            for request in batch["requests"]:
-                lines.append(
-                    f"  {index}: {request['prompt'].replace('{}', request['subject'])} → {request['target_new']}"
-                )
+            for place, request in enumerate(batch["requests"]):
+                text = request["prompt"].replace("{}", request["subject"])
+                later = "" if place in batch["in_force"] else " (made again later)"
+                lines.append(f"  {index}: {text} → {request['target_new']}{later}")
                 index += 1
             if batch["withheld"]:
                 lines.append(f"  {index} to {index + batch['withheld'] - 1}: texts withheld")
@@ -167,6 +167,8 @@ def info(
 
 
 def _contents(history: History) -> Contents:
+    from hf_alphaedit.batches import in_force
+
     batches = tuple(
         {
             "edits": len(batch),
@@ -174,8 +176,9 @@ def _contents(history: History) -> Contents:
             "sites": sorted(batch.updates),
             "requests": [request.to_dict() for request in batch.requests],
             "withheld": batch.withheld,
+            "in_force": places,
             "settings": dict(batch.settings),
         }
-        for batch in history.batches
+        for batch, places in zip(history.batches, in_force(history.batches), strict=True)
     )
     return Contents(history.base_model, history.base_revision, batches)
