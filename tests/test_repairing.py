@@ -46,6 +46,13 @@ def test_what_is_lost_is_edited_again_and_nothing_else() -> None:
     assert same_weights(weights_of(editor), edited)
 
 
+def test_the_report_says_what_is_left() -> None:
+    editor = tiny_editor()
+    assert "are not predicted" not in str(editor.apply_edits([LOVELACE]))
+    editor.reconfigure(CONFIG.replace(**WEAK))
+    assert "2 of 2 are not predicted; `repair` makes such edits again" in str(editor.apply_edits([FRANCE, ITALY]))
+
+
 def test_rounds_end_although_something_is_left() -> None:
     editor = faded_editor()
     editor.reconfigure(CONFIG.replace(**WEAK))

@@ -84,9 +84,9 @@ def in_force(batches: Sequence[Batch], again: Sequence[EditRequest] = ()) -> lis
     return places[::-1]
 
 
-def count_facts(batches: Sequence[Batch]) -> int:
+def count_facts(batches: Sequence[Batch], again: Sequence[EditRequest] = ()) -> int:
     """How many edits are in force."""
-    return sum(map(len, in_force(batches)))
+    return sum(map(len, in_force(batches, again)))
 
 
 def past_keys(batches: Sequence[Batch], site_name: str, again: Sequence[EditRequest] = ()) -> Tensor | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_alphaedit.batches import in_force
+from hf_alphaedit.batches import count_facts, in_force
 from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.contexts import encode_requests
 from hf_alphaedit.editing import BatchWalk, over_contexts
@@ -85,7 +85,8 @@ def check_keys(
                 f"{value:.2f}); each may undo the other"
             )
     free = {name: spectral_filter.null_rank for name, spectral_filter in filters.items()}
-    warnings += _filling_up(config, len(history) + len(requests), free)
+    edits = count_facts(history.batches, requests) + len(requests)
+    warnings += _filling_up(config, edits, free)
     norms, usual = walk.entered()  # (n,)
     if editor.architecture.additive:  # then the values are the states that leave the layer
         norms = torch.maximum(norms, values.cpu().norm(dim=-1))

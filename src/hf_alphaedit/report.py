@@ -130,6 +130,8 @@ class EditReport:
         lines = [as_text(table), as_text(sites), f"{times}; peak memory {self.peak_memory / 2**30:.2f} GiB"]
         for name, found in (self.evaluation or {}).items():
             lines.append(f"{name}: {found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]")
+        if missed := sum(not outcome.argmax_after for outcome in self.outcomes):
+            lines.append(f"{missed} of {len(self.outcomes)} are not predicted; `repair` makes such edits again")
         lines += [f"dropped: {one['prompt']} ({one['subject']}) -> {one['target_new']}" for one in self.dropped]
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
