@@ -42,7 +42,7 @@ def repair(editor: AlphaEditor, *, rounds: int = 1, **options: Any) -> list[Edit
     """Edit again what is lost, until nothing is or `rounds` are over; each round is a call of `apply_edits`.
 
     A soft constraint or a large ridge makes an edit in part, and later ones take some of it away. Where that was too
-    much, a second edit supplies what is missing, which does less to the model than making all edits stiffer from the
+    much, a second edit supplies what is missing, which does less to the model than making every edit stronger from the
     start (docs/results.md).
 
     Args:
