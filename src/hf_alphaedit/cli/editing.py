@@ -156,11 +156,11 @@ def repair(
 ) -> None:
     """Make edits again that the model no longer says."""
     editor = load()
-    lost = len(editor.lost())
-    if lost:
-        _prepare(editor, corpus, tokens)
-    for report in editor.repair(rounds=rounds, batch_size=batch_size):
+    _prepare(editor, corpus, tokens)
+    reports = editor.repair(rounds=rounds, batch_size=batch_size)
+    for report in reports:
         show(report, as_json=False)
+    lost = len(reports[0].outcomes) if reports else 0
     save(editor, out, include_requests=not withhold_requests)
     typer.echo(f"{lost} edits were lost, {len(editor.lost())} are now: {out}")
 
