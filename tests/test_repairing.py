@@ -128,7 +128,7 @@ def test_taking_edits_out_after_a_repair() -> None:
     for site in editor.sites():
         assert past_keys(editor.history.batches, site.name).shape[0] == 3
     editor.remove(2)
-    editor.remove(2)  # both of Japan
+    editor.remove(2)  # both of Italy
     editor.remove(1)
     assert editor.history.requests == [LOVELACE]
 

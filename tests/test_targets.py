@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_alphaedit.chunks import CHUNK_COST, chunked, step_tokens, suffix_length
@@ -207,14 +208,24 @@ def test_chunks_are_the_cheapest_within_their_size(
     assert sum(map(cost, chunks)) == pytest.approx(min(sum(map(cost, way)) for way in every_way))
 
 
+def rows_of_contexts(family: str) -> tuple[Architecture, list[TokenRow], list[int]]:
+    """A tiny model, the rows of some requests, and the context of each as its group."""
+    requests = encoded()
+    rows = [row for request in requests for row in (*request.rows, request.essence)]
+    return architecture_of(family), rows, list(range(4)) * len(requests)
+
+
+def counting_tokens(architecture: Architecture, tokens: list[int]) -> RemovableHandle:
+    """Every pass appends the number of its tokens, padding included, to `tokens` until the handle is removed."""
+    embedding = architecture.model.get_input_embeddings()
+    return embedding.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].numel()))
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, "bloom"])
 def test_beginnings_that_contexts_share_run_once(family: str) -> None:
-    architecture, requests = architecture_of(family), encoded()
-    rows = [row for request in requests for row in (*request.rows, request.essence)]
-    groups = list(range(4)) * len(requests)
+    architecture, rows, groups = rows_of_contexts(family)
     tokens: list[int] = []
-    embedding = architecture.model.get_input_embeddings()
-    handle = embedding.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].numel()))
+    handle = counting_tokens(architecture, tokens)
     shared, values = align_rows(architecture, rows, LAYER, groups=groups)
     with_sharing = sum(tokens)
     alone, expected_values = align_rows(architecture, rows, LAYER)
@@ -229,12 +240,9 @@ def test_beginnings_that_contexts_share_run_once(family: str) -> None:
 
 @pytest.mark.parametrize("family", [*FAMILIES, "bloom"])
 def test_rows_of_other_lengths_run_by_themselves(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    architecture, requests = architecture_of(family), encoded()
-    rows = [row for request in requests for row in (*request.rows, request.essence)]
-    groups = list(range(4)) * len(requests)
+    architecture, rows, groups = rows_of_contexts(family)
     tokens: list[int] = []
-    embedding = architecture.model.get_input_embeddings()
-    handle = embedding.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].numel()))
+    handle = counting_tokens(architecture, tokens)
     found, run = [], []
     for cost in (0, 10**6):  # each length by itself; all at once
         monkeypatch.setattr(beginnings, "PASS_COST", cost)

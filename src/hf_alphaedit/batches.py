@@ -84,6 +84,16 @@ def in_force(batches: Sequence[Batch], again: Sequence[EditRequest] = ()) -> lis
     return places[::-1]
 
 
+def requests_in_force(batches: Sequence[Batch], again: Sequence[EditRequest] = ()) -> list[EditRequest]:
+    """The requests of the edits in force, oldest first, as far as their texts are known."""
+    return [
+        batch.requests[place]
+        for batch, places in zip(batches, in_force(batches, again), strict=True)
+        for place in places
+        if place < len(batch.requests)
+    ]
+
+
 def count_facts(batches: Sequence[Batch], again: Sequence[EditRequest] = ()) -> int:
     """How many edits are in force."""
     return sum(map(len, in_force(batches, again)))
@@ -97,7 +107,7 @@ def past_keys(batches: Sequence[Batch], site_name: str, again: Sequence[EditRequ
     keys = []
     for batch, places in zip(batches, in_force(batches, again), strict=True):
         found = batch.keys.get(site_name)
-        if found is not None:  # of experts there may be fewer keys than edits: then all stay
+        if found is not None:  # a pack of one summed batch may hold keys of some edits only: then all stay
             keys.append(found[places] if len(found) == len(batch) else found)
     return torch.cat(keys) if any(map(len, keys)) else None
 

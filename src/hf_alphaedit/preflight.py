@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_alphaedit.batches import in_force
+from hf_alphaedit.batches import requests_in_force
 from hf_alphaedit.contexts import encode_requests
 from hf_alphaedit.errors import RequestError
 from hf_alphaedit.evaluation.scoring import score
@@ -151,12 +151,7 @@ def _against(history: History, requests: Sequence[EditRequest]) -> list[str]:
     One of the same prompt is not protected from the edit that takes its place.
     """
     warnings = []
-    earlier = [
-        batch.requests[place]
-        for batch, places in zip(history.batches, in_force(history.batches, requests), strict=True)
-        for place in places
-        if place < len(batch.requests)
-    ]
+    earlier = requests_in_force(history.batches, requests)
     by_relation = {_relation_key(request, number): number for number, request in enumerate(earlier)}
     for index, request in enumerate(requests):
         number = by_relation.get(_relation_key(request, -1))

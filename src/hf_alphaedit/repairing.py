@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hf_alphaedit.batches import in_force
+from hf_alphaedit.batches import requests_in_force
 from hf_alphaedit.errors import ConfigError, StateError
 from hf_alphaedit.evaluation.scoring import score
 from hf_alphaedit.report import EditReport
@@ -31,9 +31,7 @@ def lost_edits(editor: AlphaEditor) -> list[EditRequest]:
         raise StateError(
             f"the texts of {withheld} edits were withheld from the file, so the model can't be asked them"
         )
-    requests = [
-        batch.requests[place] for batch, places in zip(batches, in_force(batches), strict=True) for place in places
-    ]
+    requests = requests_in_force(batches)
     results = score(editor.model, editor.tokenizer, [(request.text, request.target_new) for request in requests])
     return [request for request, result in zip(requests, results, strict=True) if not result.exact]
 

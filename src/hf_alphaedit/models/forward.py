@@ -151,6 +151,7 @@ def _run_to_values(architecture: Architecture, aligned: AlignedRows, delta_layer
 def _run_side_by_side(
     architecture: Architecture, aligned: AlignedRows, delta_layer: int
 ) -> tuple[AlignedRows, Tensor]:
+    """One pass of `_run_to_values`."""
     first_block, value_module = architecture.resume_block(delta_layer), architecture.value_module(delta_layer)
     entry: list[Tensor] = []
     values: list[Tensor] = []
