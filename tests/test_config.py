@@ -17,7 +17,8 @@ OTHER: dict[str, Any] = {
     "layers": (1, 4, 7), "target_module": "model.layers.{}.mlp.down_proj", "value_steps": 3, "learning_rate": 0.25,
     "adam_betas": (0.5, 0.75), "contexts_in_turn": False,
     "clamp_factor": 2.0, "kl_factor": 0.0, "weight_decay": 0.0, "stop_loss": 0.0, "stop_at_argmax": True,
-    "forward_dtype": "bfloat16", "context_templates": ("Yes. {}", "中. {}"), "context_length": 7,
+    "forward_dtype": "bfloat16", "context_templates": ("Yes. {}", "中. {}"), "contexts_per_word": 2,
+    "context_length": 7,
     "context_special_tokens": True, "context_gaps": 0.5, "context_asides": False, "context_keys": "mean",
     "projection": "soft_inside_hard",
     "threshold_rule": "absolute", "energy_share": 0.9, "absolute_threshold": 1e-3, "soft_weight": 15000.0,
@@ -85,6 +86,7 @@ def test_settings_of_a_newer_format_are_dropped_with_a_warning(caplog: pytest.Lo
         ("layers", ()), ("layers", (3, 2)), ("layers", (2, 2)), ("layers", ("1",)), ("layers", 5), ("layers", (1.0,)),
         ("layers", (True,)), ("target_module", "model.layers.0.mlp"), ("target_module", "{}.{}"), ("target_module", 3),
         ("value_steps", 0), ("value_steps", 2.0), ("value_steps", True), ("value_steps", "3"),
+        ("contexts_per_word", 0),
         ("learning_rate", 0), ("learning_rate", -1.0), ("learning_rate", float("nan")), ("learning_rate", "fast"),
         ("adam_betas", (0.5,)), ("adam_betas", (0.5, 1.0)), ("adam_betas", (-0.1, 0.9)), ("adam_betas", 0.9),
         ("clamp_factor", 0.0), ("clamp_factor", float("inf")), ("kl_factor", -0.1), ("kl_factor", float("nan")),
@@ -116,9 +118,9 @@ def test_the_paper_mode_is_the_published_procedure() -> None:
     published = {
         "projection": "hard", "threshold_rule": "absolute", "absolute_threshold": 2e-2, "l2": 10.0,
         "use_history": True, "clamp_factor": 0.75, "kl_factor": 0.0625, "weight_decay": 0.5, "stop_loss": 5e-2,
-        "stop_at_argmax": False, "context_templates": None, "context_length": 10, "context_special_tokens": True,
-        "context_gaps": 0.0, "context_asides": False, "context_keys": "mean", "contexts_in_turn": False,
-        "forward_dtype": "model",
+        "stop_at_argmax": False, "context_templates": None, "contexts_per_word": 1, "context_length": 10,
+        "context_special_tokens": True, "context_gaps": 0.0, "context_asides": False, "context_keys": "mean",
+        "contexts_in_turn": False, "forward_dtype": "model",
     }  # fmt: skip
     assert {name: getattr(config, name) for name in published} == published
     assert (config.layers, config.target_module, config.learning_rate) == ((4, 5, 6), "h.{}", 0.1)

@@ -41,6 +41,14 @@ def test_the_same_seed_gives_the_same_texts() -> None:
     assert sampled(seed=6) != first
 
 
+def test_more_contexts_begin_with_those_that_fewer_would_be() -> None:
+    few, many = sampled(seed=5), sampled(seed=5, per_word=3)
+    assert many[: len(few)] == few
+    assert len(many) == 3 * len(few)
+    assert len(set(many)) == len(many)
+    assert all(context.startswith(word) for context, word in zip(many, FIRST_WORDS * 3, strict=True))
+
+
 @pytest.mark.parametrize("length", [1, 10, 25])
 def test_length_counts_first_word_and_bos(length: int) -> None:
     model, tokenizer, generated = tiny_model("llama"), tiny_tokenizer(bos=True), []
@@ -88,8 +96,8 @@ def test_fixed_templates_are_taken_as_they_are() -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     for fixed in ((), ("It is so. {}", "再说：{}。")):
         assert contexts_for(model, tokenizer, AlphaEditConfig(context_templates=fixed), seed=0) == fixed
-    config = AlphaEditConfig(context_length=8, context_special_tokens=True)
-    expected = sample_contexts(model, tokenizer, length=8, keep_special_tokens=True, seed=4)
+    config = AlphaEditConfig(context_length=8, contexts_per_word=2, context_special_tokens=True)
+    expected = sample_contexts(model, tokenizer, length=8, per_word=2, keep_special_tokens=True, seed=4)
     assert contexts_for(model, tokenizer, config, seed=4) == expected
 
 

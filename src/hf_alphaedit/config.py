@@ -64,6 +64,9 @@ class AlphaEditConfig:
     context_templates: tuple[str, ...] | None = setting(
         None, "fixed contexts with one {} each, beside the bare prompt; None samples them from the model"
     )
+    contexts_per_word: int = setting(
+        1, "contexts sampled for each of five first words; more of them hold in other words, and take longer"
+    )
     context_length: int = setting(10, "tokens of a sampled context, its first word and the BOS token included")
     context_special_tokens: bool = setting(False, "keep the text of special tokens in sampled contexts, as published")
     context_gaps: float = setting(
@@ -114,7 +117,8 @@ class AlphaEditConfig:
         _require(self.layers is None or tuple(sorted(self.layers)) == self.layers, "layers", self.layers, "ascending")
         _require(self.target_module is None or self.target_module.count("{}") == 1, "target_module",
                  self.target_module, "a path with exactly one {} for the layer")  # fmt: skip
-        for name in ("value_steps", "context_length", "tokens_per_dimension", "sequence_length"):
+        counts = "value_steps", "contexts_per_word", "context_length", "tokens_per_dimension", "sequence_length"
+        for name in counts:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("learning_rate", "clamp_factor", "l2", "history_weight", "soft_weight", "absolute_threshold"):
             _require(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "positive and finite")
@@ -148,8 +152,8 @@ class AlphaEditConfig:
             projection="hard", threshold_rule="absolute", absolute_threshold=2e-2, l2=10.0, use_history=True,
             history_weight=1.0, value_steps=25, adam_betas=(0.9, 0.999), clamp_factor=0.75, kl_factor=0.0625,
             weight_decay=0.5, stop_loss=5e-2, stop_at_argmax=False, contexts_in_turn=False, forward_dtype="model",
-            context_templates=None, context_length=10, context_special_tokens=True, context_gaps=0.0,
-            context_asides=False, context_keys="mean", tokens_per_dimension=100,
+            context_templates=None, contexts_per_word=1, context_length=10, context_special_tokens=True,
+            context_gaps=0.0, context_asides=False, context_keys="mean", tokens_per_dimension=100,
             source=f"paper mode of: {self.source}",
         )  # fmt: skip
 

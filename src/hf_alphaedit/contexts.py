@@ -24,10 +24,11 @@ def sample_contexts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     length: int,
+    per_word: int = 1,
     keep_special_tokens: bool = False,
     seed: int = 0,
 ) -> tuple[str, ...]:
-    """One continuation of each of five first words, drawn by the model from its five likeliest tokens, plus '. {}'.
+    """Continuations of each of five first words, drawn by the model from its five likeliest tokens, plus '. {}'.
 
     The global random state, the model's modes and its `generation_config` are as before on return. Source: MEMIT's and
     AlphaEdit's code, which has no seed; here the same seed gives the same texts.
@@ -36,11 +37,12 @@ def sample_contexts(
         model: the unedited model.
         tokenizer: its tokenizer; not changed.
         length: tokens of each context, first word and BOS included, as published; at least one follows the word.
+        per_word: continuations of each word; published: one. More of them begin with those that fewer would be.
         keep_special_tokens: keep the text of special tokens, as published.
         seed: decides the draws.
 
     Returns:
-        Five texts that end in '. {}' and have no other braces.
+        Five texts for each of `per_word`, which end in '. {}' and have no other braces.
     """
     settings = GenerationConfig(
         do_sample=True, top_k=TOP_K, top_p=1.0, temperature=1.0, eos_token_id=tokenizer.eos_token_id,
@@ -52,7 +54,7 @@ def sample_contexts(
     devices = [device] if device.type != "cpu" else []
     with torch.random.fork_rng(devices), torch.no_grad(), inference_state(model), _generating_with(model, settings):
         torch.manual_seed(seed)
-        for word in FIRST_WORDS:
+        for word in FIRST_WORDS * per_word:
             encoded = tokenizer(word, return_tensors="pt").to(device)
             # A word that fills the length already still gets one token.
             settings.max_length = settings.min_length = max(length, encoded["input_ids"].shape[1] + 1)
@@ -87,8 +89,9 @@ def contexts_for(
     if config.context_templates is not None:
         return config.context_templates
     return sample_contexts(
-        model, tokenizer, length=config.context_length, keep_special_tokens=config.context_special_tokens, seed=seed
-    )
+        model, tokenizer, length=config.context_length, per_word=config.contexts_per_word,
+        keep_special_tokens=config.context_special_tokens, seed=seed,
+    )  # fmt: skip
 
 
 def encode_requests(
