@@ -21,7 +21,7 @@ from hf_alphaedit.editing import (
 from hf_alphaedit.errors import EditingError
 from hf_alphaedit.history import History
 from hf_alphaedit.models.architecture import Architecture, resolve_architecture
-from hf_alphaedit.models.encoding import EncodedRequest, encode_request
+from hf_alphaedit.models.encoding import KEY_CONTEXTS, EncodedRequest, encode_request
 from hf_alphaedit.models.fingerprint import model_fingerprint, tokenizer_fingerprint
 from hf_alphaedit.models.hooks import hidden_of, inference_state
 from hf_alphaedit.requests import EditRequest
@@ -94,6 +94,19 @@ def test_keys_and_values_are_those_of_plain_passes(family: str) -> None:
         torch.testing.assert_close(keys, expected_keys, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(values, expected_values, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(walk.values(3), expected_values, rtol=1e-4, atol=1e-5)
+
+
+def test_keys_are_those_of_the_first_contexts() -> None:
+    architecture = resolve_architecture(tiny_model("llama"))
+    many = tuple(f"The river number {number}. {{}}" for number in range(KEY_CONTEXTS + 2))
+    requests, fewer = encoded(many), encoded(many[:KEY_CONTEXTS])
+    assert [len(request.rows) for request in requests] == [1 + len(many)] * len(REQUESTS)  # the search sees them all
+    (keys, values), (expected_keys, expected_values) = (
+        BatchWalk(architecture, rows, (2,)).advance(2, 2) for rows in (requests, fewer)
+    )
+    assert keys.shape == (len(REQUESTS), 1 + 2 * KEY_CONTEXTS, 64)
+    torch.testing.assert_close(keys, expected_keys, rtol=0, atol=0)
+    torch.testing.assert_close(values, expected_values, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("contexts", [3, 1, 0])

@@ -153,17 +153,17 @@ def layer_groups(architecture: Architecture, layers: Sequence[int]) -> list[Sequ
 
 
 class BatchWalk:
-    """Keys in every context, and current values on the bare prompt, layer after layer."""
+    """Keys in contexts, and current values on the bare prompt, layer after layer."""
 
     def __init__(self, architecture: Architecture, requests: Sequence[EncodedRequest], layers: Sequence[int]) -> None:
         """`layers` are those that the walk will visit, ascending."""
-        self.weights = context_weights(len(requests[0].rows) - 1, len(requests[0].mentions))  # (c,)
+        self.weights = context_weights(len(requests[0].key_rows), len(requests[0].mentions))  # (c,)
         self.bare = _walks(architecture, [request.rows[0] for request in requests])
         # Rows of one context begin with the same tokens, whether the prompt follows or the subject alone.
         contexts = [
             (row, group, alone.subject)
             for one in requests
-            for rows, alone in ((one.rows[1:], one.rows[0]), (one.mentions, one.essence))
+            for rows, alone in ((one.key_rows, one.rows[0]), (one.mentions, one.essence))
             for group, row in enumerate(rows)
         ]
         rows, groups = [row for row, _, _ in contexts], [group for _, group, _ in contexts]

@@ -52,7 +52,7 @@ def editing_seconds(editor: AlphaEditor, encoded: Sequence[EncodedRequest], toke
         tokens += step_tokens(request, rows)
         positions += (rows - 1) * len(request.target) + 1
         prompts += request.rows[0].subject + 1
-        contexts += sum(row.subject + 1 for row in (*request.rows[1:], *request.mentions))
+        contexts += sum(row.subject + 1 for row in (*request.key_rows, *request.mentions))
     step = 2 * (above * tokens + head * positions)  # a backward pass without weight gradients costs a forward pass
     walk = (prompts + contexts) * below + (prompts * (len(layers) + 1) / 2 + contexts * 2) * edited
     return (editor.config.value_steps * step + walk) / rate

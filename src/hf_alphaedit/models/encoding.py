@@ -14,6 +14,8 @@ from hf_alphaedit.requests import PLACEHOLDER, EditRequest
 
 BARE = PLACEHOLDER
 ASIDE = " ({})"
+# More than these change nothing that could be measured, and each costs a pass through the edited layers.
+KEY_CONTEXTS = 5
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,19 @@ class EncodedRequest:
         rows: one per context, the bare prompt first, each followed by all target tokens but the last.
         essence: '<subject> is a' up to the subject's last token; its next-token distribution is to stay as it is.
         target: token ids of the target.
-        mentions: the subject alone behind each context, up to its last token; empty where its key isn't wanted.
+        mentions: the subject alone behind each of the first `KEY_CONTEXTS` contexts, up to its last token; empty where
+            its key isn't wanted.
     """
 
     rows: tuple[TokenRow, ...]
     essence: TokenRow
     target: tuple[int, ...]
     mentions: tuple[TokenRow, ...] = ()
+
+    @property
+    def key_rows(self) -> tuple[TokenRow, ...]:
+        """The rows in contexts whose keys are edited; further contexts only vary what the target search sees."""
+        return self.rows[1 : 1 + KEY_CONTEXTS]
 
 
 def encode_request(
@@ -73,7 +81,7 @@ def encode_request(
             request and the context's index alone.
         asides: in every second context, put what stands before the {} of the next one behind the subject, in
             brackets, where a space follows the subject.
-        mentions: encode the subject alone behind each context as well.
+        mentions: encode the subject alone behind contexts as well.
 
     Raises:
         RequestError: the target has no tokens.
@@ -89,7 +97,8 @@ def encode_request(
         prompt_ids, subject = encode_prompt(tokenizer, prompt, request.subject, context)
         rows.append(TokenRow((*prompt_ids, *target[:-1]), subject, len(prompt_ids) - 1))
     essence = _until_subject(tokenizer, "{} is a", request.subject)
-    alone = [_until_subject(tokenizer, BARE, request.subject, context) for context in contexts if mentions]
+    keyed = contexts[:KEY_CONTEXTS] if mentions else ()
+    alone = [_until_subject(tokenizer, BARE, request.subject, context) for context in keyed]
     return EncodedRequest(tuple(rows), essence, target, tuple(alone))
 
 
