@@ -62,12 +62,14 @@ class AlphaEditConfig:
 
     # Context templates
     context_templates: tuple[str, ...] | None = setting(
-        None, "fixed contexts with one {} each, beside the bare prompt; None samples them from the model"
+        None,
+        "fixed contexts with one {} each, beside the bare prompt; None samples them from the model. Keys are "
+        "those of the first five",
     )
     contexts_per_word: int = setting(
         1,
         "contexts sampled for each of five first words; with more of them the target search takes longer and reaches "
-        "more wordings. Keys are those of the first five in any case",
+        "more wordings, while keys stay those of the first five",
     )
     context_length: int = setting(10, "tokens of a sampled context, its first word and the BOS token included")
     context_special_tokens: bool = setting(False, "keep the text of special tokens in sampled contexts, as published")

@@ -178,7 +178,7 @@ class BatchWalk:
     def advance(self, layer: int, value_layer: int) -> tuple[Tensor, Tensor]:
         """Keys (n, c, d) at `layer` and current values (n, h) of `value_layer` on the bare prompt, both float32.
 
-        The keys are those of the bare prompt, of the prompt in each context, and of the subject's mentions.
+        The keys are those of the bare prompt, of the `key_rows` in contexts, and of the mentions.
         """
         parts = [walk.advance(layer, value_layer) for walk in self.bare]
         keys = torch.cat([keys for keys, _ in parts]).float()[:, None]  # (n, 1, d)
