@@ -28,7 +28,7 @@ IN_LINE = sorted(range(len(ROWS)), key=lambda index: int(KINDS[index]))  # how t
 @pytest.fixture
 def packed() -> PackedRows:
     aligned, _ = align_rows(architecture_of(), ROWS, LAYER)
-    return PackedRows.of(aligned, KINDS)
+    return PackedRows.of(aligned, torch.arange(len(ROWS)), KINDS)
 
 
 @pytest.fixture
@@ -68,6 +68,41 @@ def test_spread_and_gather_are_inverse_and_padding_gets_no_gradient(packed: Pack
     torch.testing.assert_close(gathered, line)
     (gradient,) = torch.autograd.grad(gathered.sum(), line)
     assert torch.equal(gradient, torch.ones_like(line))
+
+
+def test_tokens_without_padding_are_in_place_as_they_are(packed: PackedRows) -> None:
+    group = packed.groups[3]  # '<subject> is a' has one token from the subject on
+    assert not group.padded
+    assert all(one.padded for one in packed.groups[:3])
+    line = torch.randn(len(group.column), 3, 4)  # (t, heads, size)
+    spread = group.spread(line)
+    assert torch.equal(spread[:, :, 0], line)
+    assert torch.equal(group.gather(spread.transpose(1, 2)), line)
+
+
+def test_some_of_the_rows_packed_are_those_rows_packed() -> None:
+    aligned, _ = align_rows(architecture_of(), ROWS, LAYER)
+    members = torch.arange(len(ROWS))[KINDS > 0].flip(0)
+    found = PackedRows.of(aligned, members, KINDS[members])
+    picked = aligned.select(members)
+    expected = PackedRows.of(picked, torch.arange(len(members)), KINDS[members])
+    columns = expected.token.shape[1]
+    assert torch.equal(found.token[:, :columns], expected.token)
+    for name in ("token_ids", "position_ids", "entry", "subject"):
+        assert torch.equal(getattr(found.line, name), getattr(expected.line, name))
+    for mine, theirs in zip(found.groups, expected.groups, strict=True):
+        assert torch.equal(mine.mask, theirs.mask)
+        torch.testing.assert_close(mine.rows.attention_keys, theirs.rows.attention_keys, rtol=0, atol=0)
+
+
+def test_states_of_blocks_that_dont_run_again_are_not_kept() -> None:
+    architecture = architecture_of()
+    aligned, _ = align_rows(architecture, ROWS, LAYER)
+    first = architecture.resume_block(LAYER)
+    for states in (aligned.attention_keys, aligned.attention_values):
+        assert [one.shape[2] for one in states] == [aligned.before] * len(architecture.blocks)  # a cache's length
+        assert [one.shape[3] for one in states[:first]] == [1] * first
+        assert all(one.shape[3] > 1 for one in states[first:])
 
 
 def test_groups_have_no_more_padding_than_they_need_and_see_what_a_row_sees(packed: PackedRows) -> None:

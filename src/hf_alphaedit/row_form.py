@@ -73,7 +73,7 @@ def _resumed(
     positions = prediction_positions(rows, aligned.subject)
     try:
         if form is RowForm.PACKED:
-            packed = PackedRows.of(aligned, torch.arange(len(rows)))
+            packed = PackedRows.of(aligned, torch.arange(len(rows)), torch.arange(len(rows)))
             return resume_packed(architecture, packed, layer, nothing, positions)
         return resume_rows(architecture, aligned, layer, nothing, positions)
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:

@@ -97,15 +97,18 @@ class RowLoss:
     ) -> None:
         """`rows` are those of requests with the same number of contexts; `norm` (n,) is that of their values."""
         self.architecture, self.layer, self.norm, self.config = architecture, layer, norm, config
-        turns = turns_of(len(rows.requests[0].rows), config.contexts_in_turn)
-        self.turns = [_Turn(rows, places) for places in turns]
+        self.rows, self.places = rows, turns_of(len(rows.requests[0].rows), config.contexts_in_turn)
+        self.turns: dict[int, _Turn] = {}  # made when it is their turn, without what is finished by then
         self.step = 0
         self.reference: Tensor | None = None
 
     def __call__(self, delta: Tensor, active: Tensor) -> TargetLoss:
         """Loss of the requests `active` (m,) with `delta` (m, h); what is left out once is left out for good."""
-        turn = self.turns[self.step % len(self.turns)]
+        index = self.step % len(self.places)
         self.step += 1
+        if index not in self.turns:
+            self.turns[index] = _Turn(self.rows, self.places[index], active.cpu())
+        turn = self.turns[index]
         turn.keep(active)
         logits = turn.logits(self.architecture, self.layer, delta).to(delta.device)  # (p, vocabulary)
         token_logits, subject_logits = logits.split([len(turn.labels), len(active)])
@@ -120,11 +123,11 @@ class RowLoss:
 class _Turn:
     """The rows of one turn, what they are to predict, and where; rows of finished requests are dropped."""
 
-    def __init__(self, stored: StoredRows, places: Sequence[int]) -> None:
-        """`places` are those of the turn's rows within their request."""
+    def __init__(self, stored: StoredRows, places: Sequence[int], active: Tensor) -> None:
+        """`places` are those of the turn's rows within their requests, which are `active` (m,)."""
         self.stored = stored
-        members = torch.isin(stored.row_place, torch.tensor(places)).nonzero()[:, 0]  # (b,)
-        self._take(members, torch.arange(len(stored.requests)))
+        wanted = torch.isin(stored.row_place, torch.tensor(places)) & torch.isin(stored.row_request, active)  # (B,)
+        self._take(wanted.nonzero()[:, 0], active)
 
     def logits(self, architecture: Architecture, layer: int, delta: Tensor) -> Tensor:
         """Logits (p, vocabulary) at `positions`, with `delta` (m, h) of the requests that are left."""
@@ -154,16 +157,17 @@ class _Turn:
             token_request += [local[original]] * count
             token_weight += [1 / (int(looks[original]) * count)] * count
             is_essence += [essence] * count
-        # All rows share the stored states instead of copying them.
-        aligned = stored.aligned if len(members) == len(stored.rows) else stored.aligned.select(members)
+        if stored.packed:
+            self.resumed = PackedRows.of(stored.aligned, members, stored.row_kind[members])
+        else:  # all rows share the stored states instead of copying them
+            self.resumed = stored.aligned if len(members) == len(stored.rows) else stored.aligned.select(members)
         # Positions of target tokens first, then one per request: splitting logits costs less than picking from them.
         essence = torch.tensor(is_essence, device=device)
         tokens = (~essence).nonzero()[:, 0]
         order = torch.cat([tokens, essence.nonzero()[:, 0]])
-        row_index, columns = prediction_positions(rows, aligned.subject)
+        row_index, columns = prediction_positions(rows, stored.aligned.subject[members.to(device)])
         self.positions = row_index[order], columns[order]
         self.labels = torch.tensor(labels, device=device)[tokens]
         self.token_request = torch.tensor(token_request, device=device)[tokens]
         self.token_weight = torch.tensor(token_weight, device=device)[tokens]
         self.local_request = torch.tensor([local[original] for original in self.row_request.tolist()], device=device)
-        self.resumed = PackedRows.of(aligned, stored.row_kind[members]) if stored.packed else aligned

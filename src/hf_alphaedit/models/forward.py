@@ -131,12 +131,13 @@ def _run_through(architecture: Architecture, aligned: AlignedRows, keywords: dic
 def _run_to_values(architecture: Architecture, aligned: AlignedRows, delta_layer: int) -> tuple[AlignedRows, Tensor]:
     """Run up to the value module: `aligned` with what enters the first block to run again, and the values (B, h).
 
-    Here, too, rows run beside others of their length.
+    Here, too, rows run beside others of their length. What is kept are the states of the blocks that will run again.
     """
+    running = aligned.for_blocks(0, delta_layer + 1)
+    aligned = aligned.for_blocks(architecture.resume_block(delta_layer), len(architecture.blocks))
     chunks = alike(aligned.attention_mask[:, aligned.before :].sum(-1).tolist())
-    if len(chunks) == 1:
-        return _run_side_by_side(architecture, aligned, delta_layer)
-    parts = [_run_side_by_side(architecture, aligned.select(torch.tensor(rows)), delta_layer) for rows in chunks]
+    rows_of = [torch.tensor(rows) for rows in chunks]
+    parts = [_run_side_by_side(architecture, running.select(rows), delta_layer) for rows in rows_of]
     order = torch.tensor([row for rows in chunks for row in rows]).argsort()
     values = torch.cat([found for _, found in parts])  # (B, h)
     aligned = replace(aligned, block_form=parts[0][0].block_form)

@@ -55,13 +55,22 @@ class _Group:
         mask = torch.cat([seen[:, None, : rows.before].expand(-1, columns, -1), causal], dim=-1)[:, None]
         return cls(rows, column, token.view(count, columns), mask)
 
+    @property
+    def padded(self) -> bool:
+        """Whether any of the columns is padding. Otherwise the tokens are in place as they are."""
+        return len(self.column) < self.token.numel()
+
     def spread(self, states: Tensor) -> Tensor:
         """(t, heads, size) -> (b, heads, s, size); in padding stands the first token's."""
+        if not self.padded:
+            return states.unflatten(0, self.token.shape).transpose(1, 2)
         token = self.token.to(states.device)
         return states.index_select(0, token.flatten()).unflatten(0, token.shape).transpose(1, 2)
 
     def gather(self, states: Tensor) -> Tensor:
         """(b, s, ...) -> (t, ...)."""
+        if not self.padded:
+            return states.flatten(0, 1)
         return states.flatten(0, 1).index_select(0, self.column.to(states.device))
 
 
@@ -81,16 +90,17 @@ class PackedRows:
     groups: Sequence[_Group]
 
     @classmethod
-    def of(cls, rows: AlignedRows, kinds: Tensor) -> PackedRows:
-        """The rows, packed. Rows of one kind, of which `kinds` (B,) has the numbers, are alike in length.
+    def of(cls, rows: AlignedRows, members: Tensor, kinds: Tensor) -> PackedRows:
+        """The rows with the indices `members` (B,), packed; `kinds` (B,) has the number of each one's kind.
 
-        Attention runs for each kind by itself: rows that are padded to the length of others would cost it most.
+        Attention runs for each kind by itself, since those of one kind are alike in length: rows that are padded to
+        the length of others would cost it most.
         """
-        members = [(kinds == kind).nonzero()[:, 0] for kind in kinds.unique()]
-        groups = [_Group.of(rows.select(member)) for member in members]
-        token, start = torch.zeros_like(rows.token_ids), 0
-        for member, group in zip(members, groups, strict=True):
-            token[member.to(token.device), : group.token.shape[1]] = start + group.token
+        places = [(kinds == kind).nonzero()[:, 0] for kind in kinds.unique()]
+        groups = [_Group.of(rows.select(members[place])) for place in places]
+        token, start = torch.zeros_like(rows.token_ids[: len(members)]), 0
+        for place, group in zip(places, groups, strict=True):
+            token[place.to(token.device), : group.token.shape[1]] = start + group.token
             start += len(group.column)
 
         def in_line(name: str) -> Tensor:  # (1, T, ...)
@@ -99,7 +109,7 @@ class PackedRows:
         line = replace(
             rows, token_ids=in_line("token_ids"), position_ids=in_line("position_ids"),
             entry=None if rows.entry is None else in_line("entry"), attention_mask=groups[0].mask,
-            subject=token[torch.arange(len(token), device=token.device), rows.subject],
+            subject=token[torch.arange(len(token), device=token.device), rows.subject[members.to(token.device)]],
             attention_keys=(), attention_values=(),
         )  # fmt: skip
         return cls(line, token, groups)

@@ -38,7 +38,8 @@ class AlignedRows:
         position_ids: (B, S) positions in the unpadded rows.
         entry: (B, S, h) output of the last block that is skipped; None if none is.
         subject: (B,) column of the subject's last token: 0 throughout, or anything if P is 0.
-        attention_keys, attention_values: per block (B, heads, P, head size); empty if P is 0.
+        attention_keys, attention_values: per block (B, heads, P, head size); empty if P is 0. Those of blocks that
+            won't run again are small stand-ins (see `for_blocks`).
         block_form: type and length of what the blocks return.
     """
 
@@ -62,6 +63,19 @@ class AlignedRows:
         alone = len(self.token_ids) == 1
         columns = self.subject
         return torch.zeros_like(columns) if alone else torch.arange(len(columns), device=columns.device), columns
+
+    def for_blocks(self, first: int, end: int) -> AlignedRows:
+        """The rows with the attention states of blocks `first` to `end` - 1; others only say how many positions."""
+
+        def of_blocks(states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(
+                one if first <= block < end else one.new_zeros(len(one), 1, one.shape[2], 1)
+                for block, one in enumerate(states)
+            )
+
+        return replace(
+            self, attention_keys=of_blocks(self.attention_keys), attention_values=of_blocks(self.attention_values)
+        )
 
     def select(self, rows: Tensor) -> AlignedRows:
         """The rows with these indices (n,), and no more columns than they need on either side."""
