@@ -13,22 +13,24 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_alphaedit.models.encoding import encode_request
 from hf_alphaedit.models.forward import align_rows
-from hf_alphaedit.models.packed import ATTENTION, PackedRows, sees_everything
+from hf_alphaedit.models.packed import ATTENTION, Group, PackedRows, sees_everything
 from hf_alphaedit.models.rows import RowForm
 from hf_alphaedit.requests import EditRequest
 from hf_alphaedit.row_form import row_form
-from hf_alphaedit.target_rows import all_rows
+from hf_alphaedit.target_rows import StoredRows, all_rows
 
 
-ROWS = all_rows(encoded(asides=True))
-KINDS = torch.arange(len(ROWS)) % 4  # bare, two contexts, '<subject> is a'
-IN_LINE = sorted(range(len(ROWS)), key=lambda index: int(KINDS[index]))  # how the rows follow each other
+REQUESTS = encoded(asides=True)
+# Bare prompts, two contexts, '<subject> is a'; one kind of all requests behind the other.
+KINDS = [[all_rows([request])[kind] for request in REQUESTS] for kind in range(4)]
+ROWS = [row for kind in KINDS for row in kind]
 
 
 @pytest.fixture
 def packed() -> PackedRows:
     aligned, _ = align_rows(architecture_of(), ROWS, LAYER)
-    return PackedRows.of(aligned, torch.arange(len(ROWS)), KINDS)
+    places = torch.arange(len(ROWS)).split(len(REQUESTS))
+    return PackedRows.of([Group.of(aligned.select(rows)) for rows in places])
 
 
 @pytest.fixture
@@ -45,11 +47,10 @@ def own_attention() -> Iterator[Any]:
 
 
 def test_the_line_holds_every_token_once(packed: PackedRows) -> None:
-    rows = [ROWS[index] for index in IN_LINE]
-    suffixes = [row.token_ids[row.subject :] for row in rows]
+    suffixes = [row.token_ids[row.subject :] for row in ROWS]
     assert packed.line.token_ids.tolist() == [[token for suffix in suffixes for token in suffix]]
     assert packed.line.position_ids.tolist() == [
-        [position for row in rows for position in range(row.subject, len(row.token_ids))]
+        [position for row in ROWS for position in range(row.subject, len(row.token_ids))]
     ]
     for index, row in enumerate(ROWS):
         places = packed.token[index, : len(row.token_ids) - row.subject]
@@ -80,19 +81,16 @@ def test_tokens_without_padding_are_in_place_as_they_are(packed: PackedRows) -> 
     assert torch.equal(group.gather(spread.transpose(1, 2)), line)
 
 
-def test_some_of_the_rows_packed_are_those_rows_packed() -> None:
-    aligned, _ = align_rows(architecture_of(), ROWS, LAYER)
-    members = torch.arange(len(ROWS))[KINDS > 0].flip(0)
-    found = PackedRows.of(aligned, members, KINDS[members])
-    picked = aligned.select(members)
-    expected = PackedRows.of(picked, torch.arange(len(members)), KINDS[members])
-    columns = expected.token.shape[1]
-    assert torch.equal(found.token[:, :columns], expected.token)
-    for name in ("token_ids", "position_ids", "entry", "subject"):
-        assert torch.equal(getattr(found.line, name), getattr(expected.line, name))
-    for mine, theirs in zip(found.groups, expected.groups, strict=True):
-        assert torch.equal(mine.mask, theirs.mask)
-        torch.testing.assert_close(mine.rows.attention_keys, theirs.rows.attention_keys, rtol=0, atol=0)
+def test_turns_share_the_rows_they_have_in_common() -> None:
+    stored = StoredRows.of(architecture_of(), REQUESTS, LAYER, RowForm.PACKED)
+    everyone = torch.arange(len(REQUESTS))
+    first = stored.group([0], everyone)
+    assert stored.group([0], everyone.clone()) is first
+    assert stored.group([1], everyone) is not first
+    left = stored.group([0], everyone[1:])  # once a request is finished
+    expected = [token for row in KINDS[0][1:] for token in row.token_ids[row.subject :]]
+    assert left.gather(left.rows.token_ids).tolist() == expected
+    assert stored.group([0], everyone[1:]) is left
 
 
 def test_states_of_blocks_that_dont_run_again_are_not_kept() -> None:
@@ -106,8 +104,7 @@ def test_states_of_blocks_that_dont_run_again_are_not_kept() -> None:
 
 
 def test_groups_have_no_more_padding_than_they_need_and_see_what_a_row_sees(packed: PackedRows) -> None:
-    for kind, group in enumerate(packed.groups):
-        rows = [ROWS[index] for index in (kind == KINDS).nonzero()[:, 0].tolist()]
+    for rows, group in zip(KINDS, packed.groups, strict=True):
         before, after = max(row.subject for row in rows), max(len(row.token_ids) - row.subject for row in rows)
         assert group.mask.shape == (len(rows), 1, after, before + after)
         assert group.rows.attention_keys[0].shape[2] == before

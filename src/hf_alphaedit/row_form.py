@@ -14,7 +14,7 @@ from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.beginnings import agree, most_shifted
 from hf_alphaedit.models.encoding import EncodedRequest, TokenRow
 from hf_alphaedit.models.forward import align_rows, resume_rows, whole_logits
-from hf_alphaedit.models.packed import PackedRows, resume_packed, sees_everything
+from hf_alphaedit.models.packed import Group, PackedRows, resume_packed, sees_everything
 from hf_alphaedit.models.rows import AlignedRows, RowForm, prediction_positions
 from hf_alphaedit.target_rows import all_rows
 
@@ -73,7 +73,7 @@ def _resumed(
     positions = prediction_positions(rows, aligned.subject)
     try:
         if form is RowForm.PACKED:
-            packed = PackedRows.of(aligned, torch.arange(len(rows)), torch.arange(len(rows)))
+            packed = PackedRows.of([Group.of(aligned.select(torch.tensor([index]))) for index in range(len(rows))])
             return resume_packed(architecture, packed, layer, nothing, positions)
         return resume_rows(architecture, aligned, layer, nothing, positions)
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from hf_alphaedit.config import AlphaEditConfig
 from hf_alphaedit.models.architecture import Architecture
 from hf_alphaedit.models.encoding import EncodedRequest, TokenRow
 from hf_alphaedit.models.forward import align_rows, resume_rows
-from hf_alphaedit.models.packed import PackedRows, resume_packed
+from hf_alphaedit.models.packed import Group, PackedRows, resume_packed
 from hf_alphaedit.models.rows import AlignedRows, RowForm, prediction_positions
 
 
@@ -29,6 +29,7 @@ class StoredRows:
         aligned: the stored states of the rows.
         packed: whether steps run them without padding.
         initial: (n, h) float32, the values before the edit, from the bare rows.
+        groups: rows made ready to be packed, by their places, and the requests they are of; see `group`.
     """
 
     requests: Sequence[EncodedRequest]
@@ -38,6 +39,7 @@ class StoredRows:
     aligned: AlignedRows
     packed: bool
     initial: Tensor
+    groups: dict[tuple[int, ...], tuple[Tensor, Group]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -55,11 +57,17 @@ class StoredRows:
         initial = values[bare.to(values.device)].float()
         return cls(requests, rows, row_request, row_place, aligned, form is RowForm.PACKED, initial)
 
-    @property
-    def row_kind(self) -> Tensor:
-        """(B,) 0 for bare prompts, 1 for prompts in a context, 2 for '<subject> is a'."""
-        contexts = torch.tensor([len(request.rows) for request in self.requests])  # (n,), the bare prompt included
-        return self.row_place.clamp_max(1) + (self.row_place == contexts[self.row_request])
+    def members(self, places: Sequence[int], active: Tensor) -> Tensor:
+        """(b,) indices of the rows at these places of the requests `active` (m,)."""
+        wanted = torch.isin(self.row_place, torch.tensor(places)) & torch.isin(self.row_request, active)  # (B,)
+        return wanted.nonzero()[:, 0]
+
+    def group(self, places: Sequence[int], active: Tensor) -> Group:
+        """The rows `members` ready to be packed, made once for all turns that look at them."""
+        made = self.groups.get(tuple(places))
+        if made is None or not torch.equal(made[0], active):
+            made = self.groups[tuple(places)] = active, Group.of(self.aligned.select(self.members(places, active)))
+        return made[1]
 
 
 def all_rows(requests: Sequence[EncodedRequest]) -> list[TokenRow]:
@@ -126,8 +134,10 @@ class _Turn:
     def __init__(self, stored: StoredRows, places: Sequence[int], active: Tensor) -> None:
         """`places` are those of the turn's rows within their requests, which are `active` (m,)."""
         self.stored = stored
-        wanted = torch.isin(stored.row_place, torch.tensor(places)) & torch.isin(stored.row_request, active)  # (B,)
-        self._take(wanted.nonzero()[:, 0], active)
+        # Where rows are packed, those alike in length together: bare prompts, prompts in contexts, '<subject> is a'.
+        kinds = (places[:1], places[1:-1], places[-1:]) if stored.packed else (places,)
+        self.kinds = [kind for kind in kinds if kind]
+        self._take(active)
 
     def logits(self, architecture: Architecture, layer: int, delta: Tensor) -> Tensor:
         """Logits (p, vocabulary) at `positions`, with `delta` (m, h) of the requests that are left."""
@@ -139,17 +149,18 @@ class _Turn:
     def keep(self, active: Tensor) -> None:
         """Drop the rows of all requests but `active`."""
         if len(active) < len(self.active):
-            self._take(self.members[torch.isin(self.row_request, active.cpu())], active.cpu())
+            self._take(active.cpu())
 
-    def _take(self, members: Tensor, active: Tensor) -> None:
-        """The rows `members` (b,) of those stored, and their requests `active` (m,), by their original indices."""
-        stored, self.members, self.active = self.stored, members, active
+    def _take(self, active: Tensor) -> None:
+        """The rows of the requests `active` (m,), kind by kind."""
+        stored, self.active = self.stored, active
+        members = torch.cat([stored.members(kind, active) for kind in self.kinds])  # (b,)
         device, rows = stored.initial.device, [stored.rows[index] for index in members.tolist()]
-        self.row_request = stored.row_request[members]  # (b,)
+        row_request = stored.row_request[members]  # (b,)
         local = {int(original): index for index, original in enumerate(active)}
-        looks = self.row_request.bincount() - 1  # rows of each request that predict its target
+        looks = row_request.bincount() - 1  # rows of each request that predict its target
         labels, token_request, token_weight, is_essence = [], [], [], []
-        for row, original in zip(rows, self.row_request.tolist(), strict=True):
+        for row, original in zip(rows, row_request.tolist(), strict=True):
             request = stored.requests[original]
             essence = row is request.essence
             count = 1 if essence else len(request.target)
@@ -158,7 +169,7 @@ class _Turn:
             token_weight += [1 / (int(looks[original]) * count)] * count
             is_essence += [essence] * count
         if stored.packed:
-            self.resumed = PackedRows.of(stored.aligned, members, stored.row_kind[members])
+            self.resumed = PackedRows.of([stored.group(kind, active) for kind in self.kinds])
         else:  # all rows share the stored states instead of copying them
             self.resumed = stored.aligned if len(members) == len(stored.rows) else stored.aligned.select(members)
         # Positions of target tokens first, then one per request: splitting logits costs less than picking from them.
@@ -170,4 +181,4 @@ class _Turn:
         self.labels = torch.tensor(labels, device=device)[tokens]
         self.token_request = torch.tensor(token_request, device=device)[tokens]
         self.token_weight = torch.tensor(token_weight, device=device)[tokens]
-        self.local_request = torch.tensor([local[original] for original in self.row_request.tolist()], device=device)
+        self.local_request = torch.tensor([local[original] for original in row_request.tolist()], device=device)

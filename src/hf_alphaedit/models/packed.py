@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_alphaedit.models.architecture import Architecture
@@ -28,8 +29,10 @@ WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
 @dataclass(frozen=True, eq=False)
-class _Group:
+class Group:
     """Some rows as attention finds them: b rows of s columns that hold t tokens, p columns of stored states before.
+
+    Rows of a group should be alike in length: attention runs for each group by itself, and padding costs it most.
 
     Attributes:
         rows: the rows, padded.
@@ -44,7 +47,7 @@ class _Group:
     mask: Tensor
 
     @classmethod
-    def of(cls, rows: AlignedRows) -> _Group:
+    def of(cls, rows: AlignedRows) -> Group:
         count, columns = rows.token_ids.shape
         seen, device = rows.attention_mask.bool(), rows.token_ids.device  # (b, p + s)
         column = seen[:, rows.before :].flatten().nonzero()[:, 0]
@@ -82,34 +85,32 @@ class PackedRows:
         line: the tokens as one row: ids, positions and entry are (1, T), `subject` says where each row's subject is
             among them, and nothing is stored. Its mask only tells the model's code to make none.
         token: (B, S) place of each column's token in the line; 0 for padding.
-        groups: the rows as attention finds them, in the order of the line.
+        groups: the rows as attention finds them.
     """
 
     line: AlignedRows
     token: Tensor
-    groups: Sequence[_Group]
+    groups: Sequence[Group]
 
     @classmethod
-    def of(cls, rows: AlignedRows, members: Tensor, kinds: Tensor) -> PackedRows:
-        """The rows with the indices `members` (B,), packed; `kinds` (B,) has the number of each one's kind.
-
-        Attention runs for each kind by itself, since those of one kind are alike in length: rows that are padded to
-        the length of others would cost it most.
-        """
-        places = [(kinds == kind).nonzero()[:, 0] for kind in kinds.unique()]
-        groups = [_Group.of(rows.select(members[place])) for place in places]
-        token, start = torch.zeros_like(rows.token_ids[: len(members)]), 0
-        for place, group in zip(places, groups, strict=True):
-            token[place.to(token.device), : group.token.shape[1]] = start + group.token
+    def of(cls, groups: Sequence[Group]) -> PackedRows:
+        """The rows of all groups, one group behind the other."""
+        columns = max(group.token.shape[1] for group in groups)  # S
+        tokens, start = [], 0
+        for group in groups:
+            in_line = group.token + start
+            tokens.append(functional.pad(in_line, (0, columns - in_line.shape[1])))
             start += len(group.column)
+        token = torch.cat(tokens)  # (B, S)
+        subject = torch.cat([group.rows.subject for group in groups])  # (B,)
 
-        def in_line(name: str) -> Tensor:  # (1, T, ...)
+        def joined(name: str) -> Tensor:  # (1, T, ...)
             return torch.cat([group.gather(getattr(group.rows, name)) for group in groups])[None]
 
         line = replace(
-            rows, token_ids=in_line("token_ids"), position_ids=in_line("position_ids"),
-            entry=None if rows.entry is None else in_line("entry"), attention_mask=groups[0].mask,
-            subject=token[torch.arange(len(token), device=token.device), rows.subject[members.to(token.device)]],
+            groups[0].rows, token_ids=joined("token_ids"), position_ids=joined("position_ids"),
+            entry=None if groups[0].rows.entry is None else joined("entry"), attention_mask=groups[0].mask,
+            subject=token[torch.arange(len(token), device=token.device), subject],
             attention_keys=(), attention_values=(),
         )  # fmt: skip
         return cls(line, token, groups)
