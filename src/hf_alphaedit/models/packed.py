@@ -48,6 +48,7 @@ class Group:
 
     @classmethod
     def of(cls, rows: AlignedRows) -> Group:
+        """A group of these rows, with what is stored of them."""
         count, columns = rows.token_ids.shape
         seen, device = rows.attention_mask.bool(), rows.token_ids.device  # (b, p + s)
         column = seen[:, rows.before :].flatten().nonzero()[:, 0]
@@ -84,7 +85,7 @@ class PackedRows:
     Attributes:
         line: the tokens as one row: ids, positions and entry are (1, T), `subject` says where each row's subject is
             among them, and nothing is stored. Its mask only tells the model's code to make none.
-        token: (B, S) place of each column's token in the line; 0 for padding.
+        token: (B, S) place of each column's token in the line; in padding stands another one's.
         groups: the rows as attention finds them.
     """
 
