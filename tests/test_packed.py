@@ -84,13 +84,17 @@ def test_tokens_without_padding_are_in_place_as_they_are(packed: PackedRows) -> 
 def test_turns_share_the_rows_they_have_in_common() -> None:
     stored = StoredRows.of(architecture_of(), REQUESTS, LAYER, RowForm.PACKED)
     everyone = torch.arange(len(REQUESTS))
-    first = stored.group([0], everyone)
-    assert stored.group([0], everyone.clone()) is first
-    assert stored.group([1], everyone) is not first
-    left = stored.group([0], everyone[1:])  # once a request is finished
+
+    def group(place: int, active: torch.Tensor) -> Group:
+        return stored.group([place], stored.members([place], active))
+
+    first = group(0, everyone)
+    assert group(0, everyone) is first
+    assert group(1, everyone) is not first
+    left = group(0, everyone[1:])  # once a request is finished
     expected = [token for row in KINDS[0][1:] for token in row.token_ids[row.subject :]]
     assert left.gather(left.rows.token_ids).tolist() == expected
-    assert stored.group([0], everyone[1:]) is left
+    assert group(0, everyone[1:]) is left
 
 
 def test_states_of_blocks_that_dont_run_again_are_not_kept() -> None:

@@ -29,7 +29,7 @@ class StoredRows:
         aligned: the stored states of the rows.
         packed: whether steps run them without padding.
         initial: (n, h) float32, the values before the edit, from the bare rows.
-        groups: rows made ready to be packed, by their places, and the requests they are of; see `group`.
+        groups: rows made ready to be packed, by their places; see `group`.
     """
 
     requests: Sequence[EncodedRequest]
@@ -62,11 +62,11 @@ class StoredRows:
         wanted = torch.isin(self.row_place, torch.tensor(places)) & torch.isin(self.row_request, active)  # (B,)
         return wanted.nonzero()[:, 0]
 
-    def group(self, places: Sequence[int], active: Tensor) -> Group:
-        """The rows `members` ready to be packed, made once for all turns that look at them."""
+    def group(self, places: Sequence[int], members: Tensor) -> Group:
+        """The rows `members`, all that are left at these places, ready to be packed; made once for all turns."""
         made = self.groups.get(tuple(places))
-        if made is None or not torch.equal(made[0], active):
-            made = self.groups[tuple(places)] = active, Group.of(self.aligned.select(self.members(places, active)))
+        if made is None or not torch.equal(made[0], members):
+            made = self.groups[tuple(places)] = members, Group.of(self.aligned.select(members))
         return made[1]
 
 
@@ -154,7 +154,8 @@ class _Turn:
     def _take(self, active: Tensor) -> None:
         """The rows of the requests `active` (m,), kind by kind."""
         stored, self.active = self.stored, active
-        members = torch.cat([stored.members(kind, active) for kind in self.kinds])  # (b,)
+        parts = [stored.members(kind, active) for kind in self.kinds]
+        members = torch.cat(parts)  # (b,)
         device, rows = stored.initial.device, [stored.rows[index] for index in members.tolist()]
         row_request = stored.row_request[members]  # (b,)
         local = {int(original): index for index, original in enumerate(active)}
@@ -169,7 +170,8 @@ class _Turn:
             token_weight += [1 / (int(looks[original]) * count)] * count
             is_essence += [essence] * count
         if stored.packed:
-            self.resumed = PackedRows.of([stored.group(kind, active) for kind in self.kinds])
+            groups = [stored.group(kind, part) for kind, part in zip(self.kinds, parts, strict=True)]
+            self.resumed = PackedRows.of(groups)
         else:  # all rows share the stored states instead of copying them
             self.resumed = stored.aligned if len(members) == len(stored.rows) else stored.aligned.select(members)
         # Positions of target tokens first, then one per request: splitting logits costs less than picking from them.
