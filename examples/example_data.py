@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that the examples share."""
     parser.add_argument("--model", default="smollm2", help="smollm2, gemma3 (both from pip), a Hub id or a directory")
     parser.add_argument("--records", type=int, default=32, help="how many facts to edit")
+    parser.add_argument(
+        "--other-prompts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tell each request up to N prompts that records of the same relation have, none that it is judged by",
+    )
     parser.add_argument("--skip", type=int, default=0, help="leave out this many records at the beginning")
     parser.add_argument(
         "--data",
@@ -87,7 +94,8 @@ def load_data(arguments: argparse.Namespace, editor: AlphaEditor) -> ExampleData
         records, source = tuning_facts(min(last, 48))[arguments.skip :], "the library's own facts"
     else:
         path = folder / "counterfact.json" if folder else arguments.data
-        records, source = read_records(path)[arguments.skip : last], path.name
+        everything, source = read_records(path), path.name
+        records = with_other_prompts(everything[arguments.skip : last], everything, arguments.other_prompts)
     if len(records) < arguments.records:
         raise SystemExit(f"{source} has {len(records)} records after the first {arguments.skip}; take fewer")
     corpus = arguments.corpus or _inside(folder, "wikipedia.jsonl")
@@ -98,6 +106,28 @@ def load_data(arguments: argparse.Namespace, editor: AlphaEditor) -> ExampleData
     passages = _inside(folder, "lambada.jsonl")
     lambada = None if passages is None else list(texts_of(passages)[0])
     return ExampleData(records, source, corpus, held_out, lambada)
+
+
+def with_other_prompts(records: Sequence[Record], everything: Sequence[Record], count: int) -> list[Record]:
+    """The records, each with up to `count` prompts that `everything` has for its relation, as a user might write them.
+
+    Prompts that its own paraphrases contain are left out: it is judged by wordings that the search has not seen.
+    """
+    by_relation: dict[str | None, list[str]] = {}
+    for record in everything:
+        by_relation.setdefault(record.request.relation, []).append(record.request.prompt)
+    result = []
+    for record in records:
+        request = record.request
+        prompts = dict.fromkeys(by_relation[request.relation]) if request.relation else {}
+        unseen = [prompt for prompt in prompts if prompt != request.prompt and not _judged_by(record, prompt)]
+        result.append(replace(record, request=replace(request, other_prompts=tuple(unseen[:count]))))
+    return result
+
+
+def _judged_by(record: Record, prompt: str) -> bool:
+    text = replace(record.request, prompt=prompt).text
+    return any(text in paraphrase for paraphrase in record.paraphrases)
 
 
 def write_figures(path: Path | None, figures: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from hf_alphaedit import AlphaEditor, EditRequest
 from hf_alphaedit.errors import AlphaEditError, ConfigError, RequestError, StateError, StatisticsError
+from hf_alphaedit.evaluation.scoring import score
 from hf_alphaedit.models.weights import EditSite
 
 
@@ -160,6 +162,19 @@ def test_sampled_contexts_follow_the_seed() -> None:
     assert editors[0].history.contexts == editors[1].history.contexts != editors[2].history.contexts
     assert equal(weights_of(editors[0].model), weights_of(editors[1].model))
     assert not equal(weights_of(editors[0].model), weights_of(editors[2].model))
+
+
+def test_other_prompts_are_learnt_and_kept(tmp_path: Path) -> None:
+    request, other = EditRequest("The capital of {} is", "France", "music"), "People who saw {} in the city know"
+    likelihood = {}
+    for prompts in ((), (other,)):
+        editor = tiny_editor(context_templates=["{}"])
+        editor.apply_edits([replace(request, other_prompts=prompts)])
+        (result,) = score(editor.model, editor.tokenizer, [(other.format("France"), "music")])
+        likelihood[prompts] = sum(result.log_probabilities)
+    assert likelihood[(other,)] > likelihood[()] + 0.2
+    editor.save_pretrained(tmp_path)
+    assert AlphaEditor.from_pretrained(tmp_path).history.batches[0].requests[0].other_prompts == (other,)
 
 
 def test_batches_are_separate_calls() -> None:

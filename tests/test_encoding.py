@@ -1,6 +1,7 @@
 """Token rows: where the subject ends, whatever the tokenizer does at the beginning, at the end and in between."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from tiny import BEGIN, END, tiny_tokenizer
@@ -145,6 +146,27 @@ def test_every_second_context_gets_an_aside_from_the_next() -> None:
         row.until_subject().token_ids for row in plain.rows
     ]  # a causal model has the same keys
     assert (asides.target, asides.essence, asides.mentions) == (plain.target, plain.essence, plain.mentions)
+
+
+def test_other_prompts_take_the_place_of_the_prompt_in_contexts() -> None:
+    tokenizer, contexts = tiny_tokenizer(), ("Yes. {}", "No. {}", "I say, {}")
+    request = EditRequest(
+        "The capital of {} is", "Norway", "Lima", other_prompts=("In {}, they rule from", "{} has its court in")
+    )
+    encoded = encode_request(tokenizer, request, contexts, asides=True, mentions=True)
+    texts = [tokenizer.decode(row.token_ids[: row.first_prediction + 1]) for row in encoded.rows]
+    assert texts == [
+        "The capital of Norway is",
+        "Yes. In Norway, they rule from",
+        "No. Norway has its court in",
+        "I say, In Norway, they rule from",
+    ]
+    assert [tokenizer.decode(row.until_subject().token_ids) for row in encoded.rows] == [
+        "The capital of Norway", "Yes. In Norway", "No. Norway", "I say, In Norway",
+    ]  # fmt: skip
+    assert all(row.token_ids[row.first_prediction + 1 :] == encoded.target[:-1] for row in encoded.rows)
+    plain = encode_request(tokenizer, replace(request, other_prompts=()), contexts, asides=True, mentions=True)
+    assert (encoded.target, encoded.essence, encoded.mentions) == (plain.target, plain.essence, plain.mentions)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What the preflight check finds, against requests made to be found."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,8 @@ def test_all_unusable_requests_are_listed_at_once() -> None:
     assert len(report.errors) == 2
     assert report.errors[0].startswith("request 0: prompt='It is'")
     assert "128 positions" in report.errors[1]
+    (error,) = fresh().preflight([replace(REQUESTS[0], other_prompts=(long.prompt.strip(),))]).errors
+    assert "128 positions" in error
 
 
 @pytest.mark.parametrize(
@@ -71,6 +74,18 @@ def test_repetitions_and_contradictions(second: EditRequest, error: str | None, 
     within = editor.preflight([REQUESTS[0], second])
     assert [error] == [error for text in within.errors if error in text] if error else not within.errors
     assert any(warning in text for text in within.warnings) if warning else not within.warnings
+
+
+@pytest.mark.parametrize(
+    ("settings", "used"),
+    [({}, 5), ({"contexts_per_word": 2}, 10), ({"context_templates": ["So. {}"]}, 1), ({"context_templates": []}, 0)],
+)
+def test_other_prompts_without_a_context(settings: dict[str, Any], used: int) -> None:
+    editor = AlphaEditor(tiny_model("llama"), tiny_tokenizer(), {"layers": [2, 3], **settings})
+    prompts = [f"The {number} of {{}}" for number in range(used + 1)]
+    fits, more = (replace(REQUESTS[place], other_prompts=prompts[place:]) for place in (1, 0))
+    (warning,) = editor.preflight([fits, more]).warnings
+    assert warning.startswith(f"request 1 has {used + 1} other prompts, of which {used} are used")
 
 
 def test_earlier_edits_are_known() -> None:

@@ -59,6 +59,15 @@ def test_flat_record_keeps_every_field():
     )
 
 
+def test_other_prompts_are_texts_with_the_subject_or_its_place():
+    prompts = ["{} speaks", "The language of Danielle Darrieux is"]
+    request = as_record({**FLAT, "other_prompts": prompts}).request
+    assert request.other_prompts == ("{} speaks", "The language of {} is")
+    assert as_record({**COUNTERFACT, "other_prompts": prompts}).request.other_prompts == request.other_prompts
+    with pytest.raises(RequestError, match="'She speaks' contains the subject 'Danielle Darrieux' not at all"):
+        as_record({**FLAT, "other_prompts": ["She speaks"]})
+
+
 def test_counterfact_record():
     record = as_record(COUNTERFACT)
     assert record.request == EditRequest(

@@ -78,6 +78,11 @@ def test_nothing_is_put_beside_nothing() -> None:
         ({"target_new": None}, "target_new=None is a NoneType", "a text is needed"),
         ({"subject": 7}, "subject=7 is a int", "a text is needed"),
         ({"prompt": ["{}"]}, "is a list", "a text is needed"),
+        ({"other_prompts": "{} has"}, "'{} has' is one text", "give a list"),
+        ({"other_prompts": ["{} has", "capital"]}, "prompt='capital' holds 0", "write exactly one"),
+        ({"other_prompts": [None]}, "holds None, a NoneType", "a text is needed"),
+        ({"other_prompts": ["{} has "]}, "'Rome' follows '{} has ' with", "end with a space, or none"),
+        ({"other_prompts": ["{}的首都是"]}, "'Rome' follows '{}的首都是' with", "end with a space, or none"),
     ],
 )
 def test_an_error_names_the_value_and_the_remedy(changes: dict[str, Any], value: str, remedy: str) -> None:
@@ -93,3 +98,9 @@ def test_requests_are_values() -> None:
     assert len({request, EditRequest("{} is", "中国", "上海", case_id=3)}) == 1
     assert request.to_dict() == {"prompt": "{} is", "subject": "中国", "target_new": "上海", "case_id": 3}
     assert EditRequest(**json.loads(json.dumps(request.to_dict()))) == request
+
+
+def test_other_prompts_are_kept_in_any_sequence() -> None:
+    request = EditRequest("{} is in", "Rome", "Spain", other_prompts=["The country of {} is", "{} lies in"])
+    assert request.other_prompts == ("The country of {} is", "{} lies in")
+    assert len({request, EditRequest(**json.loads(json.dumps(request.to_dict())))}) == 1

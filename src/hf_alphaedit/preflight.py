@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from hf_alphaedit.batches import requests_in_force
-from hf_alphaedit.contexts import encode_requests
+from hf_alphaedit.contexts import FIRST_WORDS, encode_requests
 from hf_alphaedit.errors import RequestError
 from hf_alphaedit.evaluation.scoring import score
 from hf_alphaedit.history import History
-from hf_alphaedit.models.encoding import EncodedRequest
+from hf_alphaedit.models.encoding import BARE, EncodedRequest
 from hf_alphaedit.outcomes import NEW_TOKENS
 from hf_alphaedit.preflight_keys import SIMILAR, check_keys
 from hf_alphaedit.preflight_report import PreflightReport, RequestCheck
@@ -71,7 +71,9 @@ def _read(requests: Iterable[Record | EditRequest | Mapping[str, Any]]) -> tuple
 
 def check_texts(editor: AlphaEditor, requests: Sequence[EditRequest]) -> PreflightReport:
     """What can be seen without running the model: tokens, lengths, duplicates and contradictions."""
-    contexts = editor.history.contexts or editor.config.context_templates or ()
+    known = editor.config.context_templates if editor.history.contexts is None else editor.history.contexts
+    # Those that are still to be drawn are counted with their length; see `_too_long`.
+    contexts = known if known is not None else (BARE,) * (len(FIRST_WORDS) * editor.config.contexts_per_word)
     errors, warnings, checks = [], [], []
     for index, request in enumerate(requests):
         try:
@@ -79,11 +81,16 @@ def check_texts(editor: AlphaEditor, requests: Sequence[EditRequest]) -> Preflig
         except RequestError as error:
             errors.append(f"request {index}: {error}")
             continue
-        errors += _too_long(editor, index, request, encoded, sampled=not contexts)
+        errors += _too_long(editor, index, request, encoded, sampled=known is None)
         if len(encoded.target) > LONG_TARGET:
             warnings.append(
                 f"request {index}: the target {_shortened(request.target_new)!r} has {len(encoded.target)} tokens; "
                 f"more than {LONG_TARGET} are rarely learnt whole, give the object alone"
+            )
+        if len(request.other_prompts) > len(contexts):
+            warnings.append(
+                f"request {index} has {len(request.other_prompts)} other prompts, of which {len(contexts)} are used, "
+                "one in each context; with a larger contexts_per_word there are more contexts"
             )
         checks.append(_check_of(editor.tokenizer, request, encoded))
     contradictions, repetitions = _within(requests)

@@ -59,8 +59,8 @@ def as_record(source: Record | EditRequest | Mapping[str, Any]) -> Record:
     """One record from any of the shapes people have, told apart by its keys.
 
     - flat: `prompt`, `subject`, `target_new`, and optionally `target_true` (or `ground_truth`), `relation`, `case_id`,
-      `paraphrases` (`rephrase`), `neighborhood` and the other fields of `Record`. The prompt has one `{}`, or
-      the subject itself exactly once as a whole word;
+      `other_prompts`, `paraphrases` (`rephrase`), `neighborhood` and the other fields of `Record`. A prompt has one
+      `{}`, or the subject itself exactly once as a whole word;
     - KnowEdit: the same with `portability` and `locality` groups of `{"prompt", "ground_truth"}`;
     - CounterFact: `requested_rewrite` with nested targets, `paraphrase_prompts`, `neighborhood_prompts`, ...;
     - zsRE: `src`, `answers`, `rephrase`, `loc`, `loc_ans`, `subject`. The first answer is the new target, and the
@@ -135,6 +135,7 @@ def _from_flat(source: Mapping[str, Any]) -> Record:
             target_true=None if target_true is None else _target(target_true, "target_true", source),
             relation=_first(source, "relation", "relation_id"),
             case_id=_first(source, "case_id", "example_id", "known_id"),
+            other_prompts=tuple(_with_placeholder(text, subject) for text in _texts(source, "other_prompts")),
         ),
         paraphrases=_texts(source, "paraphrases", "paraphrase_prompts", "rephrase", "rephrase_prompt"),
         neighborhood=_neighborhood(_first(source, "neighborhood", "neighborhood_prompts") or (), None),

@@ -29,9 +29,11 @@ class EditRequest:
         target_true: what it says now, where known; only used to report and to evaluate.
         relation: name of the relation, where known (CounterFact's `relation_id`); used to find conflicts.
         case_id: the data set's own number or name of the record.
+        other_prompts: the fact in other words, each with one `{}` and to be continued by the same target. The search
+            looks at them in the contexts, where it would look at the prompt again.
 
     Raises:
-        RequestError: no or several `{}`, or an empty field.
+        RequestError: no or several `{}`, an empty field, or another prompt that the target continues otherwise.
     """
 
     prompt: str
@@ -40,6 +42,7 @@ class EditRequest:
     target_true: str | None = None
     relation: str | None = None
     case_id: int | str | None = None
+    other_prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("prompt", "subject", "target_new"):
@@ -48,16 +51,30 @@ class EditRequest:
                 raise RequestError(f"{name}={value!r} is a {type(value).__name__}; a text is needed")
             if not value.strip():
                 raise RequestError(f"{name}={value!r} is empty; say what the fact's {name} is")
-        if self.prompt.count(PLACEHOLDER) != 1:
-            raise RequestError(
-                f"prompt={self.prompt!r} holds {self.prompt.count(PLACEHOLDER)} placeholders {{}}; write exactly one, "
-                f"where the subject {self.subject!r} stands"
-            )
+        if isinstance(self.other_prompts, str):
+            raise RequestError(f"other_prompts={self.other_prompts!r} is one text; give a list of texts")
+        object.__setattr__(self, "other_prompts", tuple(self.other_prompts or ()))  # JSON gives a list
+        for prompt in (self.prompt, *self.other_prompts):
+            if not isinstance(prompt, str):
+                raise RequestError(f"other_prompts holds {prompt!r}, a {type(prompt).__name__}; a text is needed")
+            if prompt.count(PLACEHOLDER) != 1:
+                raise RequestError(
+                    f"prompt={prompt!r} holds {prompt.count(PLACEHOLDER)} placeholders {{}}; write exactly one, "
+                    f"where the subject {self.subject!r} stands"
+                )
+            if joined_target(self._filled(prompt), self.target_new) != self.target_text:
+                raise RequestError(
+                    f"{self.target_new!r} follows {prompt!r} with a space between and {self.prompt!r} without, or the "
+                    "other way round; let all prompts of a request end with a space, or none"
+                )
 
     @property
     def text(self) -> str:
         """The prompt with the subject in place (by position, so that other braces stay as they are)."""
-        before, after = self.prompt.split(PLACEHOLDER)
+        return self._filled(self.prompt)
+
+    def _filled(self, prompt: str) -> str:
+        before, after = prompt.split(PLACEHOLDER)
         return before + self.subject + after
 
     @property
@@ -66,8 +83,9 @@ class EditRequest:
         return joined_target(self.text, self.target_new)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, without the fields that are None."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        """Plain JSON types, without the fields that are None or empty."""
+        fields = {**vars(self), "other_prompts": list(self.other_prompts)}
+        return {name: value for name, value in fields.items() if value is not None and value != []}
 
 
 def joined_target(prompt: str, target: str) -> str:

@@ -69,7 +69,7 @@ def encode_request(
     asides: bool = False,
     mentions: bool = False,
 ) -> EncodedRequest:
-    """Encode the bare prompt and one row per context.
+    """Encode the bare prompt and one row per context, with the request's other prompts in turn where it has any.
 
     Ids are concatenated, never texts: what the model saw as the prompt stays the prompt, whatever characters meet.
 
@@ -77,10 +77,10 @@ def encode_request(
         tokenizer: the model's.
         request: what to encode.
         contexts: texts with one {} each, where the prompt goes.
-        gaps: share of the prompt's words to leave out in each context (see `with_gaps`); which ones depends on the
+        gaps: share of a prompt's words to leave out in each context (see `with_gaps`); which ones depends on the
             request and the context's index alone.
         asides: in every second context, put what stands before the {} of the next one behind the subject, in
-            brackets, where a space follows the subject.
+            brackets, where a space follows the subject. Requests with other prompts go without.
         mentions: encode the subject alone behind contexts as well.
 
     Raises:
@@ -90,9 +90,11 @@ def encode_request(
     rows = []
     for index, context in enumerate((BARE, *contexts)):
         prompt = request.prompt
+        if index and request.other_prompts:
+            prompt = request.other_prompts[(index - 1) % len(request.other_prompts)]
         if gaps and index:
             prompt = with_gaps(prompt, gaps, random.Random(f"{index} {request.text}"))
-        if asides and index and index % 2 == 0:
+        if asides and index and index % 2 == 0 and not request.other_prompts:
             prompt = with_aside(prompt, contexts[index % len(contexts)])
         prompt_ids, subject = encode_prompt(tokenizer, prompt, request.subject, context)
         rows.append(TokenRow((*prompt_ids, *target[:-1]), subject, len(prompt_ids) - 1))
