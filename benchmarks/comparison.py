@@ -131,7 +131,7 @@ class Comparison:
             )  # fmt: skip
 
     def _projectors(self, mode: str, moments: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        """The reference's dense projectors under the mode's rule."""
+        """The reference's dense projectors under the mode's rule, their ranks compared if the mode projects."""
         config, name = self.configs[mode], f"projector ({mode})"
         absolute = config.threshold_rule == "absolute"
         rule = {"threshold": config.absolute_threshold} if absolute else {"energy_share": config.energy_share}
@@ -139,11 +139,16 @@ class Comparison:
             projectors = [reference.projector(moment, **rule) for moment in moments.values()]
         with self.library.measuring(name):
             filters = list(build_filters(moments, config).values())
-        ranks, dimension = [one.null_rank for one in filters], len(projectors[0])
-        self.notes.append(f"{mode}: null spaces of {ranks} of {dimension} directions ({rule})")
-        differences = [abs(rank - float(p.trace())) / dimension for rank, p in zip(ranks, projectors, strict=True)]
-        self.agreement["null ranks"] = max(*differences, self.agreement.get("null ranks", 0.0))
-        return dict(zip(self.layers, projectors, strict=True))
+        result, dimension = dict(zip(self.layers, projectors, strict=True)), len(projectors[0])
+        ranks = [round(float(projector.trace())) for projector in projectors]
+        self.notes.append(
+            f"{mode}: {config.projection} constraint; the reference's null spaces have {ranks} of {dimension} "
+            f"directions ({rule})"
+        )
+        if config.projection == "hard":
+            differences = [abs(one.null_rank - rank) / dimension for one, rank in zip(filters, ranks, strict=True)]
+            self.agreement["null ranks"] = max(*differences, self.agreement.get("null ranks", 0.0))
+        return result
 
     def _library_edit(self, mode: str, editor: AlphaEditor) -> Edited:
         """`apply_edits` on all requests in one batch, evaluated and undone."""

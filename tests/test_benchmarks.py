@@ -64,10 +64,14 @@ def test_bench_in_paper_mode_agrees(loaded: tuple, tmp_path: Path, capsys: pytes
         assert torch.equal(value, before[name]), name
 
 
-def test_bench_lends_targets_and_evaluates(loaded: tuple, tmp_path: Path) -> None:
+@pytest.mark.parametrize("projection", ["hard", "soft"])
+def test_bench_lends_targets_and_evaluates(loaded: tuple, tmp_path: Path, projection: Any) -> None:
     options = ("--mode", "recommended", "--requests", "2", "--reference-requests", "1", "--tokens", "512")
     options = (*options, "--phases", "targets")
-    _, result = run_bench(loaded, tmp_path, *options, config=CONFIG.replace(value_steps=2))
+    config = CONFIG.replace(value_steps=2, projection=projection)
+    status, result = run_bench(loaded, tmp_path, *options, config=config)
+    assert status == 0
+    assert ("null ranks" in result["agreement"]) == (projection == "hard")  # soft has no null space to compare
     assert any("1 of 2 targets" in note for note in result["notes"])
     assert set(result["metrics"]) == {"unedited", "library (recommended)", "reference (recommended)"}
     assert all("efficacy_success" in found for found in result["metrics"].values())

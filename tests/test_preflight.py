@@ -67,6 +67,12 @@ def test_all_unusable_requests_are_listed_at_once() -> None:
         (EditRequest("Its seat, {},", "France", "music", relation="capital"), None, None),
         (EditRequest("Its seat, {},", "France", "city", relation="seat"), None, None),
         (EditRequest("Its seat, {},", "France", "city"), None, None),
+        (
+            EditRequest("Its seat, {}", "France", "city", other_prompts=("The capital of {}",)),
+            "want 'music' and 'city' for 'The capital of France'",
+            None,
+        ),
+        (EditRequest("Its seat, {}", "France", "music", other_prompts=("The capital of {}",)), None, None),
     ],
 )
 def test_repetitions_and_contradictions(second: EditRequest, error: str | None, warning: str | None) -> None:

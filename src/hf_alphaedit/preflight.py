@@ -18,7 +18,7 @@ from hf_alphaedit.outcomes import NEW_TOKENS
 from hf_alphaedit.preflight_keys import SIMILAR, check_keys
 from hf_alphaedit.preflight_report import PreflightReport, RequestCheck
 from hf_alphaedit.records import Record, as_requests
-from hf_alphaedit.requests import EditRequest
+from hf_alphaedit.requests import PLACEHOLDER, EditRequest
 
 
 if TYPE_CHECKING:
@@ -135,16 +135,19 @@ def _within(requests: Sequence[EditRequest]) -> tuple[list[str], list[str]]:
     by_prompt: dict[tuple[str, ...], int] = {}
     by_relation: dict[tuple[str, ...], int] = {}
     for index, request in enumerate(requests):
-        first = by_prompt.setdefault(_prompt_key(request), index)
         related = by_relation.setdefault(_relation_key(request, index), index)
-        if first != index and _normal(requests[first].target_new) == _normal(request.target_new):
-            repetitions.append(f"request {index} repeats request {first}: {request.text!r}")
-        elif first != index:
-            contradictions.append(
+        firsts = {prompt: by_prompt.setdefault(_prompt_key(request, prompt), index) for prompt in request.prompts}
+        others = {first: prompt for prompt, first in firsts.items() if first != index}
+        differing = [first for first in others if not _same_target(requests[first], request)]
+        if differing:
+            contradictions += [
                 f"requests {first} and {index} want {requests[first].target_new!r} and {request.target_new!r} for "
-                f"{request.text!r}; keep one of them"
-            )
-        elif related != index and _normal(requests[related].target_new) != _normal(request.target_new):
+                f"{others[first].replace(PLACEHOLDER, request.subject)!r}; keep one of them"
+                for first in differing
+            ]
+        elif firsts[request.prompt] != index:
+            repetitions.append(f"request {index} repeats request {firsts[request.prompt]}: {request.text!r}")
+        elif related != index and not _same_target(requests[related], request):
             repetitions.append(
                 f"requests {related} and {index} give {request.subject!r} two objects of relation {request.relation}: "
                 f"{requests[related].target_new!r} and {request.target_new!r}"
@@ -162,7 +165,7 @@ def _against(history: History, requests: Sequence[EditRequest]) -> list[str]:
     by_relation = {_relation_key(request, number): number for number, request in enumerate(earlier)}
     for index, request in enumerate(requests):
         number = by_relation.get(_relation_key(request, -1))
-        if number is not None and _normal(earlier[number].target_new) != _normal(request.target_new):
+        if number is not None and not _same_target(earlier[number], request):
             warnings.append(
                 f"request {index} wants {request.target_new!r}, and an earlier edit wrote "
                 f"{earlier[number].target_new!r} for {earlier[number].text!r}, which is protected; remove that first"
@@ -174,8 +177,12 @@ def _normal(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _prompt_key(request: EditRequest) -> tuple[str, ...]:
-    return _normal(request.prompt), _normal(request.subject)
+def _same_target(first: EditRequest, second: EditRequest) -> bool:
+    return _normal(first.target_new) == _normal(second.target_new)
+
+
+def _prompt_key(request: EditRequest, prompt: str) -> tuple[str, ...]:
+    return _normal(prompt), _normal(request.subject)
 
 
 def _relation_key(request: EditRequest, index: int) -> tuple[str, ...]:

@@ -54,7 +54,7 @@ class EditRequest:
         if isinstance(self.other_prompts, str):
             raise RequestError(f"other_prompts={self.other_prompts!r} is one text; give a list of texts")
         object.__setattr__(self, "other_prompts", tuple(self.other_prompts or ()))  # JSON gives a list
-        for prompt in (self.prompt, *self.other_prompts):
+        for prompt in self.prompts:
             if not isinstance(prompt, str):
                 raise RequestError(f"other_prompts holds {prompt!r}, a {type(prompt).__name__}; a text is needed")
             if prompt.count(PLACEHOLDER) != 1:
@@ -67,6 +67,11 @@ class EditRequest:
                     f"{self.target_new!r} follows {prompt!r} with a space between and {self.prompt!r} without, or the "
                     "other way round; let all prompts of a request end with a space, or none"
                 )
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompt and the other prompts."""
+        return self.prompt, *self.other_prompts
 
     @property
     def text(self) -> str:
