@@ -123,6 +123,11 @@ def ask_in_new_process(directory: Path, prompts: Sequence[str]) -> list[str]:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout)
 
 
+def says(text: str, answer: str) -> bool:
+    """Whether the answer is in the text, in capitals or not: "Indian Rupee" is the rupee."""
+    return answer.casefold() in text.casefold()
+
+
 def main() -> int:
     """Run the demo; 0 if it went well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -147,12 +152,12 @@ def main() -> int:
     for item, text in zip(FACTS, reloaded, strict=True):
         print(f"  {item.request.text} │ {' '.join(text.split())}")
 
-    said = sum(item.request.target_new in text for item, text in zip(FACTS, reloaded, strict=True))
-    known = [item.answer in answer.text for item, answer in zip(FACTS, before["neighbour"], strict=True)]
-    still = [item.answer in answer.text for item, answer in zip(FACTS, after["neighbour"], strict=True)]
+    said = sum(says(text, item.request.target_new) for item, text in zip(FACTS, reloaded, strict=True))
+    known = [says(answer.text, item.answer) for item, answer in zip(FACTS, before["neighbour"], strict=True)]
+    still = [says(answer.text, item.answer) for item, answer in zip(FACTS, after["neighbour"], strict=True)]
     lost = sum(old and not new for old, new in zip(known, still, strict=True))
     repeated = sum(
-        item.request.target_new in answer.text for item, answer in zip(FACTS, after["in other words"], strict=True)
+        says(answer.text, item.request.target_new) for item, answer in zip(FACTS, after["in other words"], strict=True)
     )
     print(f"\nafter the reload {said} of {len(FACTS)} facts are the new ones; {repeated} also in other words")
     print(f"{lost} of the {sum(known)} neighbouring facts that the model knew are lost")
