@@ -139,16 +139,15 @@ class Comparison:
             projectors = [reference.projector(moment, **rule) for moment in moments.values()]
         with self.library.measuring(name):
             filters = list(build_filters(moments, config).values())
-        result, dimension = dict(zip(self.layers, projectors, strict=True)), len(projectors[0])
-        ranks = [round(float(projector.trace())) for projector in projectors]
+        ranks, dimension = [round(float(projector.trace())) for projector in projectors], len(projectors[0])
         self.notes.append(
             f"{mode}: {config.projection} constraint; the reference's null spaces have {ranks} of {dimension} "
             f"directions ({rule})"
         )
         if config.projection == "hard":
-            differences = [abs(one.null_rank - rank) / dimension for one, rank in zip(filters, ranks, strict=True)]
-            self.agreement["null ranks"] = max(*differences, self.agreement.get("null ranks", 0.0))
-        return result
+            differences = [abs(one.null_rank - rank) for one, rank in zip(filters, ranks, strict=True)]
+            self.agreement["null ranks"] = max(max(differences) / dimension, self.agreement.get("null ranks", 0.0))
+        return dict(zip(self.layers, projectors, strict=True))
 
     def _library_edit(self, mode: str, editor: AlphaEditor) -> Edited:
         """`apply_edits` on all requests in one batch, evaluated and undone."""

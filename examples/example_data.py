@@ -113,21 +113,20 @@ def with_other_prompts(records: Sequence[Record], everything: Sequence[Record], 
 
     Prompts that its own paraphrases contain are left out: it is judged by wordings that the search has not seen.
     """
-    by_relation: dict[str | None, list[str]] = {}
+    by_relation: dict[str | None, dict[str, None]] = {None: {}}  # prompts in their order, each once
     for record in everything:
-        by_relation.setdefault(record.request.relation, []).append(record.request.prompt)
+        if record.request.relation:
+            by_relation.setdefault(record.request.relation, {})[record.request.prompt] = None
     result = []
     for record in records:
         request = record.request
-        prompts = dict.fromkeys(by_relation[request.relation]) if request.relation else {}
-        unseen = [prompt for prompt in prompts if prompt != request.prompt and not _judged_by(record, prompt)]
+        unseen = [
+            prompt
+            for prompt in by_relation[request.relation or None]
+            if prompt != request.prompt and not any(request.filled(prompt) in text for text in record.paraphrases)
+        ]
         result.append(replace(record, request=replace(request, other_prompts=tuple(unseen[:count]))))
     return result
-
-
-def _judged_by(record: Record, prompt: str) -> bool:
-    text = replace(record.request, prompt=prompt).text
-    return any(text in paraphrase for paraphrase in record.paraphrases)
 
 
 def write_figures(path: Path | None, figures: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Token rows: where the subject ends, whatever the tokenizer does at the beginning, at the end and in between."""
 
 import random
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_alphaedit.errors import RequestError
 from hf_alphaedit.models.encoding import (
+    TokenRow,
     encode_prompt,
     encode_request,
     encode_target,
@@ -54,6 +56,11 @@ def without_offsets(kind: str, bos: bool) -> PreTrainedTokenizerBase:
     return WithoutOffsets(
         tokenizer_object=fast.backend_tokenizer, eos_token=END, bos_token=fast.bos_token, pad_token=fast.pad_token
     )
+
+
+def prompts_of(tokenizer: PreTrainedTokenizerBase, rows: Iterable[TokenRow]) -> list[str]:
+    """What each row says before the target."""
+    return [tokenizer.decode(row.token_ids[: row.first_prediction + 1]) for row in rows]
 
 
 def subject_by_decoding(tokenizer: PreTrainedTokenizerBase, ids: list[int], prompt: str, subject: str) -> int:
@@ -134,7 +141,7 @@ def test_every_second_context_gets_an_aside_from_the_next() -> None:
     tokenizer, contexts = tiny_tokenizer(), ("Yes. {}", "No. {}", "I say, {}", "So. {}")
     request = EditRequest("The capital of {} is", "Norway", "Lima")
     plain, asides = (encode_request(tokenizer, request, contexts, asides=asides) for asides in (False, True))
-    texts = [tokenizer.decode(row.token_ids[: row.first_prediction + 1]) for row in asides.rows]
+    texts = prompts_of(tokenizer, asides.rows)
     assert texts == [
         "The capital of Norway is",
         "Yes. The capital of Norway is",
@@ -154,7 +161,7 @@ def test_other_prompts_take_the_place_of_the_prompt_in_contexts() -> None:
         "The capital of {} is", "Norway", "Lima", other_prompts=("In {}, they rule from", "{} has its court in")
     )
     encoded = encode_request(tokenizer, request, contexts, asides=True, mentions=True)
-    texts = [tokenizer.decode(row.token_ids[: row.first_prediction + 1]) for row in encoded.rows]
+    texts = prompts_of(tokenizer, encoded.rows)
     assert texts == [
         "The capital of Norway is",
         "Yes. In Norway, they rule from",
@@ -192,7 +199,7 @@ def test_gaps_are_the_same_each_time_and_differ_between_contexts() -> None:
     request = EditRequest("In the north of {} the people are known to speak", "Norway", "Lima")
     rows, again = (encode_request(tokenizer, request, contexts, gaps=0.5).rows for _ in range(2))
     assert rows == again
-    bare, *texts = (tokenizer.decode(row.token_ids[: row.first_prediction + 1]) for row in rows)
+    bare, *texts = prompts_of(tokenizer, rows)
     assert bare == request.text
     assert len({text.split(". ")[1] for text in texts}) == 3
     for text, row in zip(texts, rows[1:], strict=True):

@@ -18,7 +18,7 @@ from hf_alphaedit.outcomes import NEW_TOKENS
 from hf_alphaedit.preflight_keys import SIMILAR, check_keys
 from hf_alphaedit.preflight_report import PreflightReport, RequestCheck
 from hf_alphaedit.records import Record, as_requests
-from hf_alphaedit.requests import PLACEHOLDER, EditRequest
+from hf_alphaedit.requests import EditRequest
 
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _within(requests: Sequence[EditRequest]) -> tuple[list[str], list[str]]:
         if differing:
             contradictions += [
                 f"requests {first} and {index} want {requests[first].target_new!r} and {request.target_new!r} for "
-                f"{others[first].replace(PLACEHOLDER, request.subject)!r}; keep one of them"
+                f"{request.filled(others[first])!r}; keep one of them"
                 for first in differing
             ]
         elif firsts[request.prompt] != index:

@@ -62,7 +62,7 @@ class EditRequest:
                     f"prompt={prompt!r} holds {prompt.count(PLACEHOLDER)} placeholders {{}}; write exactly one, "
                     f"where the subject {self.subject!r} stands"
                 )
-            if joined_target(self._filled(prompt), self.target_new) != self.target_text:
+            if joined_target(self.filled(prompt), self.target_new) != self.target_text:
                 raise RequestError(
                     f"{self.target_new!r} follows {prompt!r} with a space between and {self.prompt!r} without, or the "
                     "other way round; let all prompts of a request end with a space, or none"
@@ -76,9 +76,10 @@ class EditRequest:
     @property
     def text(self) -> str:
         """The prompt with the subject in place (by position, so that other braces stay as they are)."""
-        return self._filled(self.prompt)
+        return self.filled(self.prompt)
 
-    def _filled(self, prompt: str) -> str:
+    def filled(self, prompt: str) -> str:
+        """Any prompt with one `{}` with this subject in place."""
         before, after = prompt.split(PLACEHOLDER)
         return before + self.subject + after
 

@@ -87,21 +87,28 @@ def encode_request(
         RequestError: the target has no tokens.
     """
     target = tuple(encode_target(tokenizer, request.text, request.target_text))
+    prompts = [_worded(request, contexts, index, gaps, asides) for index in range(1, len(contexts) + 1)]
     rows = []
-    for index, context in enumerate((BARE, *contexts)):
-        prompt = request.prompt
-        if index and request.other_prompts:
-            prompt = request.other_prompts[(index - 1) % len(request.other_prompts)]
-        if gaps and index:
-            prompt = with_gaps(prompt, gaps, random.Random(f"{index} {request.text}"))
-        if asides and index and index % 2 == 0 and not request.other_prompts:
-            prompt = with_aside(prompt, contexts[index % len(contexts)])
+    for prompt, context in zip((request.prompt, *prompts), (BARE, *contexts), strict=True):
         prompt_ids, subject = encode_prompt(tokenizer, prompt, request.subject, context)
         rows.append(TokenRow((*prompt_ids, *target[:-1]), subject, len(prompt_ids) - 1))
     essence = _until_subject(tokenizer, "{} is a", request.subject)
     keyed = contexts[:KEY_CONTEXTS] if mentions else ()
     alone = [_until_subject(tokenizer, BARE, request.subject, context) for context in keyed]
     return EncodedRequest(tuple(rows), essence, target, tuple(alone))
+
+
+def _worded(request: EditRequest, contexts: Sequence[str], index: int, gaps: float, asides: bool) -> str:
+    """The prompt as it stands in the context of this index, counted from 1."""
+    if request.other_prompts:
+        prompt = request.other_prompts[(index - 1) % len(request.other_prompts)]
+    else:
+        prompt = request.prompt
+    if gaps:
+        prompt = with_gaps(prompt, gaps, random.Random(f"{index} {request.text}"))
+    if asides and index % 2 == 0 and not request.other_prompts:
+        prompt = with_aside(prompt, contexts[index % len(contexts)])
+    return prompt
 
 
 def _until_subject(tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str, context: str = BARE) -> TokenRow:
